@@ -1,0 +1,9 @@
+"""The operations: one file each, with its formula, reference, schema, shape function and gradient."""
+
+from roberta_fast.ops.add_layer_norm import add_layer_norm
+from roberta_fast.ops.attention import attention
+from roberta_fast.ops.linear import linear
+from roberta_fast.ops.linear_gelu import linear_gelu
+from roberta_fast.ops.pack import pack, pack_indices, unpack
+
+__all__ = ["add_layer_norm", "attention", "linear", "linear_gelu", "pack", "pack_indices", "unpack"]

@@ -1,0 +1,107 @@
+"""y = x Wᵀ + b (+ residual) over packed rows.
+
+Where the host knows the number of rows this is ``torch.nn.functional.linear``, which nothing beats for a plain GEMM. Where
+only the device knows it (``count``), the GEMM reads it there.
+Backward: dx = dy W, dW = dyᵀ x, db = sum(dy) over the real rows.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from roberta_fast import dispatch
+from roberta_fast.ops.registration import autocast_to, check, check_rows, define, facts_of, real_rows, register_autograd, register_backends
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """x @ weightᵀ + bias (+ residual).
+
+    x: [N, K]; weight: [M, K]; bias: [M] or None; residual: [N, M] or None, added in float32 before rounding by kernels.
+    count: int32 [1] on x's device; rows from it on are never read and hold anything in the result. None: all are real.
+    Under autocast computes in its dtype. Returns [N, M]. Raises ValueError naming the argument that does not fit.
+    """
+    check_rows(x, count)
+    check_weight(x, weight, bias)
+    if residual is not None:
+        shape = (x.shape[0], weight.shape[0])
+        check(residual.shape == shape, "residual", f"shape {tuple(residual.shape)}", f"[N, M] = {shape}")
+    if count is None:
+        y = F.linear(x, weight, bias)
+        return y if residual is None else y + residual
+    x, weight, bias, residual = autocast_to(x, weight, bias, residual)
+    return _forward(x, weight, bias, residual, count, backend)
+
+
+def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Checks that ``weight`` [M, K] and ``bias`` [M] fit ``x`` [N, K] in shape and, outside autocast, in dtype."""
+    check(weight.dim() == 2 and weight.shape[1] == x.shape[1], "weight", f"shape {tuple(weight.shape)}", f"[M, {x.shape[1]}] for x")
+    check(bias is None or bias.shape == weight.shape[:1], "bias", bias is None or f"shape {tuple(bias.shape)}", f"[{weight.shape[0]}]")
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            check(parameter is None or parameter.dtype == x.dtype, name, parameter is None or parameter.dtype, f"x's dtype {x.dtype}")
+
+
+def linear_ref(x, weight, bias=None, residual=None, count=None):
+    """The composition in plain PyTorch."""
+    y = x @ weight.mT
+    y = y if bias is None else y + bias
+    return y if residual is None else y + residual
+
+
+def linear_backward_ref(dy, x, weight, has_bias, count=None):
+    """Gradients (dx, dweight, dbias); dbias is empty where there is no bias."""
+    dy, x = real_rows(dy, count), real_rows(x, count)
+    return dy @ weight, dy.mT @ x, dy.sum(0) if has_bias else dy.new_empty(0)
+
+
+def _forward_implementation(x, weight, bias, residual, count, backend):
+    return dispatch.choose("linear", facts_of(x, device_rows=count is not None), backend).run(x, weight, bias, residual, count)
+
+
+def _forward_fake(x, weight, bias, residual, count, backend):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _backward_implementation(dy, x, weight, has_bias, count, backend):
+    facts = facts_of(x, device_rows=count is not None)
+    return dispatch.choose("linear_backward", facts, backend).run(dy, x, weight, has_bias, count)
+
+
+def _backward_fake(dy, x, weight, has_bias, count, backend):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1] if has_bias else (0,))
+
+
+_forward = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? count, str backend) -> Tensor",
+    _forward_implementation,
+    _forward_fake,
+)
+_backward = define(
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool has_bias, Tensor? count, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward_implementation,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, residual, count, ctx.backend = inputs
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    ctx.save_for_backward(x, weight, count)
+
+
+def _autograd_backward(ctx, dy):
+    x, weight, count = ctx.saved_tensors
+    dx, dweight, dbias = _backward(dy.contiguous(), x, weight, ctx.has_bias, count, ctx.backend)
+    return dx, dweight, dbias if ctx.has_bias else None, dy if ctx.has_residual else None, None, None
+
+
+register_autograd("linear", _autograd_backward, _setup_context)
+register_backends("linear", backends=("triton", "torch"))

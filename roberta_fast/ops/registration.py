@@ -1,0 +1,95 @@
+"""The ``torch.ops.roberta_fast`` library: each schema is defined here once, from Python, so that every install has it."""
+
+from collections.abc import Callable
+
+import torch
+
+from roberta_fast import dispatch
+
+_library = torch.library.Library("roberta_fast", "DEF")
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
+    """Defines ``roberta_fast::<schema>`` for every device, with its shape function, and returns the callable overload.
+
+    implementation: picks a backend by ``dispatch.choose`` and runs it; its results never alias its arguments.
+    fake: returns empty tensors of the right shapes, dtypes and strides, for tracing and compilation.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"roberta_fast::{name}", fake, lib=_library)
+    return getattr(torch.ops.roberta_fast, name).default
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Attaches a backward formula, itself made of operations of this library, to ``roberta_fast::<name>``."""
+    torch.library.register_autograd(f"roberta_fast::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def register_backends(
+    stem: str,
+    kernels: dict[str, str] | None = None,
+    *,
+    backends: tuple[str, ...] = ("triton", "cpp", "torch"),
+    any_dtype: bool = False,
+    objection: Callable[[dispatch.Facts], str | None] = lambda _: None,
+) -> None:
+    """Registers the candidates of the operations in ``ops/<stem>.py`` by the naming rule that all of them share.
+
+    kernels: operation to kernel name, by default ``<stem>`` to ``<stem>_fwd`` and ``<stem>_backward`` to ``<stem>_bwd``.
+    Triton serves CUDA tensors, C++ CPU tensors, the reference composition ``<op>_ref`` any. Kernels take every floating
+    dtype but float64, those in C++ float32 alone, unless ``any_dtype``; ``objection`` adds what else they cannot do.
+    """
+
+    def triton_objection(facts):
+        return "float64 is not a kernel dtype" if facts.dtype == "float64" and not any_dtype else objection(facts)
+
+    def cpp_objection(facts):
+        wrong = facts.dtype != "float32" and not any_dtype
+        return f"the C++ kernel computes float32, not {facts.dtype}" if wrong else objection(facts)
+
+    for op, kernel in (kernels or {stem: f"{stem}_fwd", f"{stem}_backward": f"{stem}_bwd"}).items():
+        for backend, path, device, reason in (
+            ("triton", f"roberta_fast.kernels.{stem}:{kernel}", "cuda", triton_objection),
+            ("cpp", f"torch:ops.roberta_fast_cpp.{kernel}.default", "cpu", cpp_objection),
+            ("torch", f"roberta_fast.ops.{stem}:{op}_ref", "any", lambda _: None),
+        ):
+            if backend in backends:
+                dispatch.register(op, backend, path, device=device, objection=reason)
+
+
+def facts_of(tensor: torch.Tensor, head_dim: int | None = None, device_rows: bool = False) -> dispatch.Facts:
+    """The static facts that ``dispatch.choose`` needs, read off an operation's main tensor."""
+    return dispatch.Facts(tensor.device.type, str(tensor.dtype).removeprefix("torch."), head_dim, device_rows)
+
+
+def check(condition: bool, argument: str, value: object, expected: str) -> None:
+    """Raises ValueError naming ``argument``, what was expected and the value that came instead."""
+    if not condition:
+        raise ValueError(f"{argument} must be {expected}, got {value}")
+
+
+def check_rows(x: torch.Tensor, count: torch.Tensor | None, argument: str = "x") -> None:
+    """Checks that ``x`` is a floating [N, C] tensor and ``count``, if given, an int32 [1] tensor beside it."""
+    check(x.dim() == 2, argument, f"shape {tuple(x.shape)}", "a packed [N, C] tensor")
+    check(x.is_floating_point(), argument, x.dtype, "a floating-point tensor")
+    if count is not None:
+        check(count.shape == (1,) and count.dtype == torch.int32, "count", f"{count.dtype} {tuple(count.shape)}", "int32 [1]")
+        check(count.device == x.device, "count", count.device, f"on {x.device}, as {argument}")
+
+
+def autocast_to(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Under autocast, the tensors cast to its dtype, as ``torch.nn.functional.linear`` would; else unchanged."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return [t if t is None else t.to(dtype) for t in (x, *tensors)]
+    return [x, *tensors]
+
+
+def real_rows(x: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
+    """``x`` [N, C] with the rows from ``count`` on replaced by zeros, whatever they hold, without a host sync."""
+    if count is None:
+        return x
+    return torch.where(torch.arange(x.shape[0], device=x.device)[:, None] < count, x, 0)

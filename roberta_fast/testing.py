@@ -1,0 +1,47 @@
+"""The rules that results are held to, and the inputs they are held on."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def assert_close_as_torch(
+    fast: torch.Tensor, torch_result: torch.Tensor, reference: torch.Tensor, *, factor: float = 2.0, name: str = "result"
+) -> None:
+    """Holds a reduction to max|fast - ref| <= factor * max|torch - ref| + eps(dtype) * max|ref|.
+
+    fast, torch_result: what is tested and plain PyTorch's composition, in the tested dtype. reference: the same function one
+    precision up. factor: 2 for a forward pass, 3 for gradients. Raises AssertionError with the numbers.
+    """
+    assert fast.shape == reference.shape, f"{name}: shape {tuple(fast.shape)} is not {tuple(reference.shape)}"
+    assert torch.isfinite(fast).all(), f"{name}: not finite"
+    if not reference.numel():
+        return
+    reference = reference.double()
+    error = (fast.double() - reference).abs().max()
+    allowed = factor * (torch_result.double() - reference).abs().max() + torch.finfo(fast.dtype).eps * reference.abs().max()
+    assert error <= allowed, f"{name}: max|fast - ref| = {error:.3e} exceeds {allowed:.3e}"
+
+
+def ulp_error(result: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """The error of each element in units of ``result``'s last place at ``exact``; exact: the same values in float64."""
+    info = torch.finfo(result.dtype)
+    exponent = torch.frexp(exact.abs().clamp(min=info.smallest_normal)).exponent - 1
+    return (result.double() - exact).abs() / torch.ldexp(torch.full_like(exact, info.eps), exponent)
+
+
+def segment_bounds(lengths: Sequence[int], device: str = "cpu") -> torch.Tensor:
+    """cu_seqlens, int32 [len(lengths) + 1], of segments of these lengths."""
+    return torch.nn.functional.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+
+
+def ragged_mask(lengths: Sequence[int], seqlen: int | None = None) -> torch.Tensor:
+    """A right-padded mask, int64 [B, S], S the longest length unless given."""
+    return (torch.arange(seqlen or max(lengths))[None, :] < torch.tensor(lengths)[:, None]).long()
+
+
+def poisoned(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """``x`` [N, ...] with ``rows`` rows of NaN behind it, in one buffer: what lies behind the count must never be read."""
+    buffer = x.new_full((x.shape[0] + rows, *x.shape[1:]), torch.nan)
+    buffer[: x.shape[0]] = x
+    return buffer
