@@ -58,7 +58,7 @@ def attention(
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check(bounds.dtype == torch.int32 and bounds.dim() == 1, name, f"{bounds.dtype} {tuple(bounds.shape)}", "int32 [B + 1]")
         check(bounds.device == query.device, name, bounds.device, f"on query's device {query.device}")
-    check(cu_seqlens_q.shape == cu_seqlens_k.shape, "cu_seqlens_k", f"{cu_seqlens_k.shape[0]} entries", f"{cu_seqlens_q.shape[0]}")
+    check(cu_seqlens_q.shape == cu_seqlens_k.shape, "cu_seqlens_k", tuple(cu_seqlens_k.shape), f"{tuple(cu_seqlens_q.shape)}")
     check(dropout_p == 0.0 or seed is not None, "seed", seed, f"an int64 [1] tensor where dropout_p={dropout_p}")
     dropout.threshold(dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -175,7 +175,8 @@ _backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, cu_seqlens_q, cu_seqlens_k, *lengths_scale_causal, query_only, dropout_p, seed, deterministic, backend = inputs
+    query, key, value, cu_seqlens_q, cu_seqlens_k, *lengths_scale_causal = inputs[:9]
+    query_only, dropout_p, seed, deterministic, backend = inputs[9:]
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed)

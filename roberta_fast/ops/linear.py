@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from roberta_fast import dispatch
-from roberta_fast.ops.registration import autocast_to, check, check_rows, define, facts_of, real_rows, register_autograd, register_backends
+from roberta_fast.ops.registration import (
+    autocast_to,
+    check,
+    check_rows,
+    define,
+    facts_of,
+    real_rows,
+    register_autograd,
+    register_backends,
+)
 
 
 def linear(
@@ -41,11 +50,12 @@ def linear(
 
 def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Checks that ``weight`` [M, K] and ``bias`` [M] fit ``x`` [N, K] in shape and, outside autocast, in dtype."""
-    check(weight.dim() == 2 and weight.shape[1] == x.shape[1], "weight", f"shape {tuple(weight.shape)}", f"[M, {x.shape[1]}] for x")
-    check(bias is None or bias.shape == weight.shape[:1], "bias", bias is None or f"shape {tuple(bias.shape)}", f"[{weight.shape[0]}]")
+    check(weight.dim() == 2 and weight.shape[1] == x.shape[1], "weight", f"shape {tuple(weight.shape)}", f"[M, {x.shape[1]}]")
+    if bias is not None:
+        check(bias.shape == weight.shape[:1], "bias", f"shape {tuple(bias.shape)}", f"[{weight.shape[0]}]")
     if not torch.is_autocast_enabled(x.device.type):
-        for name, parameter in (("weight", weight), ("bias", bias)):
-            check(parameter is None or parameter.dtype == x.dtype, name, parameter is None or parameter.dtype, f"x's dtype {x.dtype}")
+        check(weight.dtype == x.dtype, "weight", weight.dtype, f"of x's dtype {x.dtype}")
+        check(bias is None or bias.dtype == x.dtype, "bias", bias is not None and bias.dtype, f"of x's dtype {x.dtype}")
 
 
 def linear_ref(x, weight, bias=None, residual=None, count=None):

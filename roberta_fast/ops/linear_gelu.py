@@ -10,7 +10,16 @@ import torch.nn.functional as F
 
 from roberta_fast import dispatch
 from roberta_fast.ops.linear import check_weight, linear_backward_ref, linear_ref
-from roberta_fast.ops.registration import autocast_to, check, check_rows, define, facts_of, real_rows, register_autograd, register_backends
+from roberta_fast.ops.registration import (
+    autocast_to,
+    check,
+    check_rows,
+    define,
+    facts_of,
+    real_rows,
+    register_autograd,
+    register_backends,
+)
 
 APPROXIMATIONS = ("none", "tanh")
 

@@ -34,7 +34,13 @@ def pack(x: torch.Tensor, indices: torch.Tensor, count: torch.Tensor | None = No
 
 
 def unpack(
-    rows: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int, count: torch.Tensor | None = None, *, backend: str = "auto"
+    rows: torch.Tensor,
+    indices: torch.Tensor,
+    batch: int,
+    seqlen: int,
+    count: torch.Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The rows [N, C] back at their places in [batch, seqlen, C], zeros elsewhere; rows from ``count`` on are not read."""
     check(rows.dim() == 2, "rows", f"shape {tuple(rows.shape)}", "[N, C]")

@@ -1,0 +1,78 @@
+"""One call makes a loaded model fast, and one takes it back."""
+
+import dataclasses
+
+from torch import nn
+
+from roberta_fast import encoder as fast
+from roberta_fast.families import FAMILIES, Family, family_of, family_of_encoder, supported_model_types
+from roberta_fast.options import FastOptions
+
+
+def accelerate_model(model: nn.Module, options: FastOptions | None = None, **overrides) -> nn.Module:
+    """Makes every encoder of a supported family inside ``model`` fast, in place, and returns ``model``.
+
+    Parameters, their names, hooks and ``save_pretrained`` stay as they are; ``restore_model`` undoes it.
+    model: any module that holds Hugging Face encoders, e.g. ``RobertaForSequenceClassification`` or a ``SentenceTransformer``.
+    options: see ``FastOptions``; overrides: its fields by name, e.g. ``backend="torch"``.
+    Raises ValueError naming the model's type and the supported ones where there is no such encoder.
+    """
+    options = _options(options, overrides)
+    encoders = fast_encoders(model) + [m for m in model.modules() if family_of_encoder(m)]
+    if not encoders:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        raise ValueError(
+            f"model {type(model).__name__} (model_type={model_type!r}) has no encoder of a supported family; "
+            f"supported are {', '.join(supported_model_types())}"
+        )
+    for module in encoders:
+        family = family_of_encoder(module)
+        if family:
+            module.__class__ = fast.fast_class(family, "encoder")
+        fast.make_fast(module, options)
+    return model
+
+
+def restore_model(model: nn.Module) -> nn.Module:
+    """Makes the encoders of ``model`` stock again, in place, and returns it; one without fast encoders stays as it is."""
+    for module in fast_encoders(model):
+        fast.make_stock(module)
+    return model
+
+
+def patch_transformers(model_types: list[str] | None = None, options: FastOptions | None = None, **overrides) -> None:
+    """Makes every model of these types that is built or loaded from now on fast, without a change to the code that does so.
+
+    model_types: ``config.model_type`` values, None for all supported ones. options, overrides: as in ``accelerate_model``.
+    Raises ValueError naming an unsupported type; nothing is patched then.
+    """
+    options = _options(options, overrides)
+    for family in FAMILIES if model_types is None else [family_of(model_type) for model_type in model_types]:
+        replacement = fast.fast_class(family, "encoder")
+        replacement.fast_options = options
+        _patched.setdefault(family, family.replace_encoder(replacement))
+
+
+def unpatch_transformers() -> None:
+    """Undoes ``patch_transformers`` for models built from now on; those that exist stay fast."""
+    while _patched:
+        family, stock = _patched.popitem()
+        family.replace_encoder(stock)
+
+
+_patched: dict[Family, type[nn.Module]] = {}
+
+
+def _options(options, overrides):
+    if options is not None and not isinstance(options, FastOptions):
+        raise ValueError(f"options must be FastOptions or None, got {type(options).__name__}")
+    try:
+        return dataclasses.replace(options or FastOptions(), **overrides)
+    except TypeError:
+        names = [field.name for field in dataclasses.fields(FastOptions)]
+        raise ValueError(f"options {sorted(set(overrides) - set(names))} do not exist; there are {names}") from None
+
+
+def fast_encoders(model: nn.Module) -> list[nn.Module]:
+    """The accelerated encoders inside ``model``."""
+    return [module for module in model.modules() if isinstance(module, fast.FastEncoder)]

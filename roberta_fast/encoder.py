@@ -1,0 +1,297 @@
+"""The fast layer and encoder: Hugging Face's own modules, with a forward that packs once and runs on fused operations.
+
+One mechanism serves every way in. The mixins ``FastLayer`` and ``FastEncoder`` stand before a stock class; the resulting
+subclasses (``RobertaLayer``, ``RobertaEncoder``, ... of this module) are put in place by assigning ``__class__``, so the
+objects, their parameters, hooks and names stay as they are. A layer is called with a ``PackedBatch`` where the stock
+layer gets its attention mask; called in any other way it is the stock layer.
+"""
+
+import functools
+import warnings
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.roberta.modeling_roberta import RobertaEncoder as StockRobertaEncoder
+from transformers.utils.output_capturing import _active_collector
+
+from roberta_fast import attention_name, ops
+from roberta_fast.families import FAMILIES, LayerParts, family_of, family_of_encoder, gelu_form, is_plain, layer_parts
+from roberta_fast.ops import dropout
+from roberta_fast.options import FastOptions
+from roberta_fast.packing import PackedBatch
+
+
+class FastLayer:
+    """Mixin before a stock layer class: the post-LayerNorm block on packed rows."""
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        """One block. With a ``PackedBatch`` as attention_mask: packed rows [N, C] in and out, or [B, S, C] in and out
+        where someone between the layers wants to see that shape. With anything else: the stock layer."""
+        if not isinstance(attention_mask, PackedBatch):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        batch = attention_mask
+        parts = layer_parts(self)
+        if layer_objection(self, parts):
+            return self._stock_block(hidden_states, batch)
+        if hidden_states.dim() == 2:
+            return self._block(hidden_states, batch, parts)
+        return batch.unpack(self._block(batch.pack(hidden_states), batch, parts))
+
+    def _block(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
+        p_attention, p_projection, p_output = (
+            module.p if module.training else 0.0
+            for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
+        )
+        seeds = dropout.new_seeds(3, rows.device) if p_attention or p_projection or p_output else None
+        context = ops.attention(
+            *_query_key_value(rows, parts),
+            batch.cu_seqlens,
+            batch.cu_seqlens,
+            batch.seqlen,
+            batch.seqlen,
+            scale=parts.attention.scaling,
+            query_only=batch.query_only,
+            dropout_p=p_attention,
+            seed=seeds[0:1] if p_attention else None,
+            backend=batch.options.backend,
+        )
+        projected = parts.attention_output(context.flatten(1))
+        rows = _add_norm(projected, rows, parts.attention_norm, p_projection, seeds, 1, batch)
+        return _add_norm(parts.output(_activated(rows, parts, batch)), rows, parts.output_norm, p_output, seeds, 2, batch)
+
+    def _stock_block(self, hidden_states, batch):
+        padded = hidden_states if hidden_states.dim() == 3 else batch.unpack(hidden_states)
+        name = parts_attention_name(self)
+        mask = attention_name.stock_mask(name, batch.mask, padded, layer_parts(self).attention.config)
+        padded = super().forward(padded, mask)
+        return padded if hidden_states.dim() == 3 else batch.pack(padded)
+
+
+def parts_attention_name(layer: nn.Module) -> str:
+    """The attention implementation that the layer's stock path runs on."""
+    return getattr(layer_parts(layer).attention, "_stock_attention", "sdpa")
+
+
+def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
+    """Why this layer cannot run fused now, or None: hooks inside it expect the stock modules' calls and shapes."""
+    for module in (*parts.containers, *parts[1:-1]):
+        if isinstance(module, nn.Module) and _foreign_hooks(module):
+            return f"a hook on {type(module).__name__}"
+    for module in parts.containers:
+        if "forward" in module.__dict__:
+            return f"a replaced forward of {type(module).__name__}"
+    return None
+
+
+def _query_key_value(rows, parts):
+    """Three [N, H, D] views. One GEMM on CUDA, where concatenating the weights costs less than two more launches."""
+    projections = (parts.query, parts.key, parts.value)
+    heads = (parts.attention.num_attention_heads, parts.attention.attention_head_size)
+    if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
+        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
+        return ops.linear(rows, weight, bias).view(rows.shape[0], 3, *heads).unbind(1)
+    return tuple(p(rows).view(rows.shape[0], *heads) for p in projections)
+
+
+def _activated(rows, parts, batch):
+    """activation(intermediate(rows)), fused where it is a GELU over a plain Linear."""
+    form = gelu_form(parts.activation)
+    if form is None or not is_plain(parts.intermediate, nn.Linear):
+        return parts.activation(parts.intermediate(rows))
+    return ops.linear_gelu(
+        rows, parts.intermediate.weight, parts.intermediate.bias, approximate=form, backend=batch.options.backend
+    )
+
+
+def _add_norm(x, residual, norm, p, seeds, index, batch):
+    """norm(residual + dropout(x)), fused where norm is a plain LayerNorm."""
+    seed = seeds[index : index + 1] if p else None
+    if not is_plain(norm, nn.LayerNorm):
+        return norm(residual + nn.functional.dropout(x, p))
+    return ops.add_layer_norm(
+        x, residual, norm.weight, norm.bias, norm.eps, dropout_p=p, seed=seed, backend=batch.options.backend
+    )
+
+
+class FastEncoder:
+    """Mixin before a stock encoder class: packs, runs the layers, unpacks."""
+
+    fast_options = FastOptions()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        make_fast(self, self.fast_options)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """The encoder's output, ``last_hidden_state`` [B, S, C], zeros at padding.
+
+        hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, or None. Any 4D mask, decoder
+        mode, a cache, cross-attention or requested attentions take the stock path.
+        """
+        mask = _as_padding_mask(attention_mask)
+        collected = _active_collector.get() or ()
+        reason = encoder_objection(self) or _call_objection(mask, encoder_hidden_states, past_key_values, collected)
+        if reason:
+            self._report(reason)
+            if mask is not None and mask.dim() == 2:
+                attention_mask = attention_name.stock_mask(self._stock_attention, mask, hidden_states, self.config)
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        if mask is not None and mask.shape != hidden_states.shape[:2]:
+            expected, got = tuple(hidden_states.shape[:2]), tuple(mask.shape)
+            raise ValueError(f"attention_mask must be [B, S] = {expected} as hidden_states has it, got {got}")
+        batch = PackedBatch.of(hidden_states, mask, self.fast_options)
+        watched = "hidden_states" in collected or any(_is_watched(layer) for layer in self.layer)
+        rows = hidden_states if watched else batch.pack(hidden_states)
+        for layer in self.layer:
+            rows = layer(rows, batch)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows if watched else batch.unpack(rows))
+
+    def _report(self, reason: str) -> None:
+        """Counts a call that takes the stock path; warns of each reason once. Traced code stays silent."""
+        if torch.compiler.is_compiling():
+            return
+        if self.fast_options.on_unsupported == "error":
+            raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, and on_unsupported='error'")
+        if reason not in self.stock_calls and self.fast_options.on_unsupported == "warn":
+            warnings.warn(f"roberta_fast: {type(self).__name__} takes the stock path: {reason}", RuntimeWarning, stacklevel=3)
+        self.stock_calls[reason] = self.stock_calls.get(reason, 0) + 1
+
+
+def encoder_objection(encoder: nn.Module) -> str | None:
+    """Why this encoder always takes the stock path, or None."""
+    return "decoder mode" if encoder.config.is_decoder else None
+
+
+def _call_objection(mask, encoder_hidden_states, past_key_values, collected):
+    """Why this call takes the stock path, or None."""
+    if encoder_hidden_states is not None:
+        return "cross-attention"
+    if past_key_values is not None:
+        return "a key-value cache"
+    if "attentions" in collected or "cross_attentions" in collected:
+        return "attentions are requested"
+    if mask is not None and mask.dim() != 2:
+        return f"a {mask.dim()}D attention mask"
+    return None
+
+
+def _as_padding_mask(mask):
+    """A bool mask [B, 1, 1, S] says the same as its [B, S] form; others are returned as they are."""
+    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
+        return mask[:, 0, 0]
+    return mask
+
+
+def _foreign_hooks(module: nn.Module) -> list:
+    """The hooks on a module, without Hugging Face's recording hooks: the active recording says what those want."""
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return []
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [hook for group in hooks for hook in group.values() if getattr(hook, "__name__", "") != "output_capturing_hook"]
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """True where a hook on the layer may look at hidden states, so that they must have their stock shape [B, S, C].
+
+    Hooks that only manage parameters, as those of FSDP, do not look.
+    """
+    return any(not getattr(hook, "__module__", "").startswith("torch.distributed") for hook in _foreign_hooks(layer))
+
+
+class FastRobertaEncoder(FastEncoder, StockRobertaEncoder):
+    """A fast encoder to build or to put in place by hand: ``model.roberta.encoder = FastRobertaEncoder.from_hf(encoder)``.
+
+    ``FastRobertaEncoder(config, options)`` builds fresh layers of the config's family (roberta, bert, ...), with that family's
+    parameter names. Raises ValueError naming an unsupported ``model_type``.
+    """
+
+    def __init__(self, config, options: FastOptions | None = None):
+        nn.Module.__init__(self)
+        layer_class = fast_class(family_of(config.model_type), "layer")
+        self.config = config
+        self.layer = nn.ModuleList(layer_class(config, layer_idx=i) for i in range(config.num_hidden_layers))
+        make_fast(self, options or FastOptions())
+
+    @classmethod
+    def from_hf(cls, encoder: nn.Module, options: FastOptions | None = None) -> "FastRobertaEncoder":
+        """A fast encoder around the layer objects of a stock ``encoder``, so that parameters and hooks are shared.
+
+        Switches the shared config to the attention name ``"roberta_fast"``, by which the padding mask arrives unexpanded.
+        Raises ValueError if ``encoder`` is no encoder of a supported family.
+        """
+        if not isinstance(encoder, FastEncoder) and family_of_encoder(encoder) is None:
+            raise ValueError(f"encoder must be the encoder of a supported family, got {type(encoder).__name__}")
+        fast = cls.__new__(cls)
+        nn.Module.__init__(fast)
+        fast.config, fast.layer = encoder.config, encoder.layer
+        fast.train(encoder.training)
+        make_fast(fast, options or FastOptions())
+        return fast
+
+
+def make_fast(encoder: nn.Module, options: FastOptions) -> None:
+    """Puts a fast encoder's layers and config in order; an encoder that always takes the stock path keeps its config."""
+    encoder.fast_options = options
+    encoder.stock_calls = {}
+    for layer in encoder.layer:
+        if not isinstance(layer, FastLayer):
+            layer.__class__ = fast_class(_family_of_layer(layer), "layer")
+    modules = (encoder, *(layer_parts(layer).attention for layer in encoder.layer))
+    if encoder_objection(encoder) is None:
+        attention_name.switch_on(encoder.config, modules)
+
+
+def make_stock(encoder: nn.Module) -> None:
+    """Undoes ``make_fast`` and the change of class."""
+    for layer in encoder.layer:
+        layer.__class__ = _stock_base(layer)
+    attention_name.switch_off(encoder.config, (encoder, *(layer_parts(layer).attention for layer in encoder.layer)))
+    for name in ("fast_options", "stock_calls"):
+        encoder.__dict__.pop(name, None)
+    encoder.__class__ = _stock_base(encoder)
+
+
+def _stock_base(module: nn.Module) -> type[nn.Module]:
+    return next(c for c in type(module).__mro__ if c.__module__.startswith("transformers.models"))
+
+
+def _family_of_layer(layer: nn.Module):
+    for family in FAMILIES:
+        if type(layer).__name__ == family.layer:
+            return family
+    raise ValueError(f"encoder.layer holds a {type(layer).__name__}, which no supported family has")
+
+
+@functools.cache
+def fast_class(family, role: str) -> type[nn.Module]:
+    """The fast subclass of a family's ``"layer"`` or ``"encoder"``. It keeps the stock name, by which FSDP wraps."""
+    stock = family.stock_class(role)
+    mixin = FastLayer if role == "layer" else FastEncoder
+    return type(stock.__name__, (mixin, stock), {"__module__": __name__, "__doc__": f"{stock.__name__} on fused operations."})
+
+
+def __getattr__(name: str):
+    """Finds the fast classes by name, so that they pickle like any class of a module."""
+    for family in FAMILIES:
+        for role in ("layer", "encoder"):
+            if getattr(family, role) == name:
+                return fast_class(family, role)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,27 @@
+"""What a user may choose about an accelerated model."""
+
+from dataclasses import dataclass
+
+from roberta_fast.dispatch import BACKENDS
+
+ON_UNSUPPORTED = ("warn", "error", "ignore")
+
+
+@dataclass(frozen=True)
+class FastOptions:
+    """Options of ``accelerate_model``, ``FastRobertaEncoder`` and ``patch_transformers``.
+
+    backend: ``"auto"`` takes the fastest able one for each operation; ``"triton"``, ``"cpp"`` or ``"torch"`` insists.
+    on_unsupported: what a call that must take the stock path does: ``"warn"`` once for each reason, raise an ``"error"``, or
+        ``"ignore"`` it; ``explain`` shows the reason in any case.
+    Raises ValueError for any other value.
+    """
+
+    backend: str = "auto"
+    on_unsupported: str = "warn"
+
+    def __post_init__(self):
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r} is not one of {BACKENDS}")
+        if self.on_unsupported not in ON_UNSUPPORTED:
+            raise ValueError(f"on_unsupported={self.on_unsupported!r} is not one of {ON_UNSUPPORTED}")

@@ -1,0 +1,50 @@
+"""What travels with packed rows: made once per forward, read by every layer."""
+
+from typing import NamedTuple
+
+import torch
+
+from roberta_fast import ops
+from roberta_fast.options import FastOptions
+
+
+class PackedBatch(NamedTuple):
+    """A batch of B sequences of up to S tokens as N packed rows.
+
+    indices: int64 [N], flat positions of the real tokens; None where nothing is padded, so that packing is a view.
+    cu_seqlens: int32 [B + 1], where each sequence begins among the rows, and the end.
+    query_only: int32 [B], 1 where position 0 is padding, hence asks but is not seen; None without padding.
+    mask: [B, S] the padding mask as it came, nonzero at real tokens, or None.
+    batch, seqlen: B and S. options: how the layers compute.
+    """
+
+    indices: torch.Tensor | None
+    cu_seqlens: torch.Tensor
+    query_only: torch.Tensor | None
+    mask: torch.Tensor | None
+    batch: int
+    seqlen: int
+    options: FastOptions
+
+    @classmethod
+    def of(cls, hidden_states: torch.Tensor, mask: torch.Tensor | None, options: FastOptions) -> "PackedBatch":
+        """The packing of ``hidden_states`` [B, S, C] under ``mask`` [B, S] or None."""
+        batch, seqlen = hidden_states.shape[:2]
+        if mask is None:
+            cu_seqlens = torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=hidden_states.device)
+            return cls(None, cu_seqlens, None, None, batch, seqlen, options)
+        indices, cu_seqlens, _, query_only = ops.pack_indices(mask, backend=options.backend)
+        # A compiled graph serves every number of real tokens and cannot branch on it.
+        if not torch.compiler.is_compiling() and indices.shape[0] == batch * seqlen:
+            indices = None
+        return cls(indices, cu_seqlens, query_only, mask, batch, seqlen, options)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """The real rows [N, C] of x [B, S, C]."""
+        return x.flatten(0, 1) if self.indices is None else ops.pack(x, self.indices, backend=self.options.backend)
+
+    def unpack(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows [N, C] at their places in [B, S, C], zeros at padding."""
+        if self.indices is None:
+            return rows.view(self.batch, self.seqlen, rows.shape[-1])
+        return ops.unpack(rows, self.indices, self.batch, self.seqlen, backend=self.options.backend)

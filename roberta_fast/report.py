@@ -1,0 +1,162 @@
+"""What an accelerated model runs on, and how close it is to the stock one."""
+
+import copy
+import dataclasses
+from collections import Counter
+
+import torch
+from torch import nn
+
+from roberta_fast import dispatch
+from roberta_fast.accelerate import fast_encoders, restore_model
+from roberta_fast.encoder import encoder_objection, layer_objection
+from roberta_fast.families import gelu_form, is_plain, layer_parts
+from roberta_fast.ops.registration import facts_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What runs on which backend, and every reason why something faster does not.
+
+    backends: ``{operation: (forward backend, backward backend)}``. fallbacks: reasons known beforehand, empty where everything
+    runs on the fastest backend that there is. stock_calls: ``{reason: calls}`` that took the stock path so far.
+    """
+
+    encoders: int
+    layers: int
+    device: str
+    dtype: str
+    backends: dict[str, tuple[str, str]]
+    fallbacks: tuple[str, ...]
+    stock_calls: dict[str, int]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.backends)
+        lines = [f"{self.encoders} fast encoder(s), {self.layers} layers, {self.dtype} on {self.device}"]
+        lines += [f"  {'operation':<{width}}  {'forward':<8} backward"]
+        lines += [f"  {name:<{width}}  {forward:<8} {backward}" for name, (forward, backward) in self.backends.items()]
+        lines += [f"  fallback: {reason}" for reason in self.fallbacks] or ["  no fallback"]
+        lines += [f"  stock path, {calls} call(s): {reason}" for reason, calls in self.stock_calls.items()]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What each operation of the accelerated ``model`` runs on now, where its parameters are, in eval and in training.
+
+    Raises ValueError where ``model`` is not accelerated.
+    """
+    encoders = _accelerated(model)
+    layers = [layer for encoder in encoders for layer in encoder.layer]
+    weight = next(encoders[0].parameters())
+    head_dim = layer_parts(layers[0]).attention.attention_head_size
+    facts, requested = facts_of(weight, head_dim=head_dim), encoders[0].fast_options.backend
+    skipped: dict[tuple, list[str]] = {}
+    backends = {"linear": ("cuBLAS" if weight.is_cuda else "MKL",) * 2}
+    for name, backward in _OPERATIONS.items():
+        chosen = []
+        for op in (name, backward):
+            choice = dispatch.choose(op, facts if name == "attention" else facts._replace(head_dim=None), requested)
+            chosen.append(choice.backend)
+            if choice.skipped:
+                skipped.setdefault((choice.backend, choice.skipped), []).append(op)
+        backends[name] = tuple(chosen)
+    reasons = Counter(
+        f"{', '.join(dict.fromkeys(ops))} on {backend}, " + "; ".join(f"not {name}: {reason}" for name, reason in faster)
+        for (backend, faster), ops in skipped.items()
+    )
+    for encoder in encoders:
+        reasons.update(filter(None, [encoder_objection(encoder)]))
+    for layer in layers:
+        reasons.update(_layer_fallbacks(layer))
+    calls = Counter()
+    for encoder in encoders:
+        calls.update(encoder.stock_calls)
+    fallbacks = tuple(reason + (f" ({n} times)" if n > 1 else "") for reason, n in reasons.items())
+    return Explanation(len(encoders), len(layers), facts.device, facts.dtype, backends, fallbacks, dict(calls))
+
+
+_OPERATIONS = {
+    "pack": "unpack",
+    "attention": "attention_backward",
+    "add_layer_norm": "add_layer_norm_backward",
+    "linear_gelu": "linear_gelu_backward",
+    "unpack": "pack",
+}
+
+
+def _layer_fallbacks(layer):
+    """Reasons why parts of a layer call stock modules."""
+    parts = layer_parts(layer)
+    reason = layer_objection(layer, parts)
+    if reason:
+        yield f"the stock layer runs: {reason}"
+        return
+    if gelu_form(parts.activation) is None:
+        yield f"linear_gelu is not used: the activation is {type(parts.activation).__name__}"
+    elif not is_plain(parts.intermediate, nn.Linear):
+        yield f"linear_gelu is not used: intermediate.dense is a {type(parts.intermediate).__name__}"
+    for norm in (parts.attention_norm, parts.output_norm):
+        if not is_plain(norm, nn.LayerNorm):
+            yield f"add_layer_norm is not used: the norm is a {type(norm).__name__}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """How far the accelerated model is from the stock one on a batch, over the outputs at real tokens.
+
+    max_abs_difference: max |fast - stock|, in the outputs' unit. cosine: the least cosine similarity of a row of an output.
+    outputs: ``{name: max |fast - stock|}``.
+    """
+
+    max_abs_difference: float
+    cosine: float
+    outputs: dict[str, float]
+
+
+def check_parity(model: nn.Module, batch: dict[str, torch.Tensor]) -> Parity:
+    """Runs ``model`` and a stock clone that shares its parameters on the same batch, in eval mode.
+
+    batch: keyword arguments of ``model.forward``, e.g. what a tokenizer returns; tensors [B, S, ...] are compared where
+    ``attention_mask`` [B, S] is nonzero. Raises ValueError where ``model`` is not accelerated.
+    """
+    _accelerated(model)
+    stock = restore_model(stock_clone(model)).eval()
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            ours, theirs = _tensors(model(**batch)), _tensors(stock(**batch))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    mask = batch.get("attention_mask")
+    differences, cosine = {}, 1.0
+    for name, value in theirs.items():
+        a, b = (_real(t, mask).double() for t in (ours[name], value))
+        differences[name] = (a - b).abs().max().item() if a.numel() else 0.0
+        if a.dim() > 1 and a.shape[-1] > 1:
+            cosine = min(cosine, nn.functional.cosine_similarity(a, b, dim=-1).min().item())
+    return Parity(max(differences.values(), default=0.0), cosine, differences)
+
+
+def stock_clone(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` that shares its parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _accelerated(model):
+    encoders = fast_encoders(model)
+    if not encoders:
+        raise ValueError(f"model {type(model).__name__} is not accelerated: call accelerate_model first")
+    return encoders
+
+
+def _tensors(output):
+    """The floating tensors of a model's output by name."""
+    items = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else (output,))
+    return {str(name): value for name, value in items if isinstance(value, torch.Tensor) and value.is_floating_point()}
+
+
+def _real(value, mask):
+    return value[mask.bool()] if mask is not None and value.shape[:2] == mask.shape else value
