@@ -45,3 +45,43 @@ def poisoned(x: torch.Tensor, rows: int) -> torch.Tensor:
     buffer = x.new_full((x.shape[0] + rows, *x.shape[1:]), torch.nan)
     buffer[: x.shape[0]] = x
     return buffer
+
+
+TINY = {"vocab_size": 120, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 160}
+
+MASKS = {
+    "right padding": ragged_mask([9, 3, 17, 1], 17),
+    "left padding": ragged_mask([9, 3, 17, 1], 17).flip(1),
+    "holes": torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1, 1]]),
+    "all ones": torch.ones(3, 8, dtype=torch.int64),
+    "one sequence": torch.ones(1, 5, dtype=torch.int64),
+    "one token": torch.ones(1, 1, dtype=torch.int64),
+    "one token among padding": ragged_mask([1, 1], 6),
+}
+
+
+def tiny_config(model_type: str = "roberta", **overrides):
+    """A Hugging Face config of ``model_type`` with ``TINY`` sizes."""
+    from transformers import AutoConfig
+
+    sizes = {**TINY, "max_position_embeddings": 64, "pad_token_id": 1}
+    if model_type == "electra":  # without its projection of the embeddings
+        sizes["embedding_size"] = TINY["hidden_size"]
+    return AutoConfig.for_model(model_type, **{**sizes, **overrides})
+
+
+def random_inputs(mask: torch.Tensor, config, seed: int = 0) -> dict[str, torch.Tensor]:
+    """``input_ids`` [B, S] of random tokens under ``mask`` [B, S], pads where it is zero, and ``attention_mask``."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, config.vocab_size, mask.shape, generator=generator)
+    return {"input_ids": torch.where(mask.bool(), ids, config.pad_token_id), "attention_mask": mask}
+
+
+def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.2) -> torch.nn.Module:
+    """Draws every parameter afresh, LayerNorms around one, so that no bias or scale is trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            center = 1.0 if "LayerNorm.weight" in name else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + center)
+    return model

@@ -131,9 +131,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, dy, _dmean, _drstd):
     x, residual, weight, mean, rstd, seed, count = ctx.saved_tensors
-    dz, dx, dweight, dbias = _backward(
-        dy.contiguous(), x, residual, weight, mean, rstd, ctx.dropout_p, seed, count, ctx.backend
-    )
+    dz, dx, dweight, dbias = _backward(dy.contiguous(), x, residual, weight, mean, rstd, ctx.dropout_p, seed, count, ctx.backend)
     dx = dx if ctx.dropout_p else dz.to(x.dtype)
     return dx, None if residual is None else dz, dweight, dbias, None, None, None, None, None
 

@@ -51,8 +51,12 @@ def attention(
     check(query.dim() == 3, "query", f"shape {tuple(query.shape)}", "a packed [N, H, D] tensor")
     check(query.is_floating_point(), "query", query.dtype, "a floating-point tensor")
     for name, tensor in (("key", key), ("value", value)):
-        check(tensor.dim() == 3 and tensor.shape[1:] == query.shape[1:], name, f"shape {tuple(tensor.shape)}",
-              f"[N, H, D] with query's H and D {tuple(query.shape[1:])}")
+        check(
+            tensor.dim() == 3 and tensor.shape[1:] == query.shape[1:],
+            name,
+            f"shape {tuple(tensor.shape)}",
+            f"[N, H, D] with query's H and D {tuple(query.shape[1:])}",
+        )
         check(tensor.dtype == query.dtype, name, tensor.dtype, f"query's dtype {query.dtype}")
     check(key.shape[0] == value.shape[0], "value", f"{value.shape[0]} rows", f"key's {key.shape[0]} rows")
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):

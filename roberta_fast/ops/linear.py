@@ -94,8 +94,7 @@ _forward = define(
     _forward_fake,
 )
 _backward = define(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool has_bias, Tensor? count, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool has_bias, Tensor? count, str backend) -> (Tensor, Tensor, Tensor)",
     _backward_implementation,
     _backward_fake,
 )

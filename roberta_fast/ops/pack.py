@@ -113,9 +113,7 @@ _indices = define(
     _indices_implementation,
     _indices_fake,
 )
-_pack = define(
-    "pack(Tensor x, Tensor indices, Tensor? count, str backend) -> Tensor", _pack_implementation, _pack_fake
-)
+_pack = define("pack(Tensor x, Tensor indices, Tensor? count, str backend) -> Tensor", _pack_implementation, _pack_fake)
 _unpack = define(
     "unpack(Tensor rows, Tensor indices, SymInt batch, SymInt seqlen, Tensor? count, str backend) -> Tensor",
     _unpack_implementation,
