@@ -1,0 +1,248 @@
+// y = LayerNorm(residual + dropout(x)) and its gradient; formulas and contract in roberta_fast/ops/add_layer_norm.py.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "common.h"
+
+namespace roberta_fast {
+namespace {
+
+struct Forward {
+  const float* x;
+  const float* residual;  // null where there is none
+  const float* weight;
+  const float* bias;
+  float* y;
+  float* mean;
+  float* rstd;
+  int64_t stride_x, stride_residual, hidden;
+  double eps;
+  Dropout dropout;
+};
+
+struct Backward {
+  const float* dy;
+  const float* x;
+  const float* residual;
+  const float* weight;
+  const float* mean;
+  const float* rstd;
+  float* dz;
+  float* dx;        // null where nothing was dropped
+  float* partials;  // [chunks, 2, hidden]: each chunk's sums for dweight and dbias
+  int64_t stride_dy, stride_x, stride_residual, hidden, rows, chunk_rows;
+  Dropout dropout;
+};
+
+// Draws of a whole row, into a buffer with room for a multiple of 8 * WIDTH.
+template <class Isa>
+ALWAYS_INLINE void draw_row(const Dropout& dropout, int64_t row, int64_t hidden, std::vector<uint16_t>& draws) {
+  if (!dropout) return;
+  for (int64_t c = 0; c < hidden; c += DRAWS_PER_CALL * Isa::WIDTH) row_draws<Isa>(dropout, row, c, 0, 0, &draws[c]);
+}
+
+template <class Isa>
+ALWAYS_INLINE std::vector<uint16_t> draw_buffer(const Dropout& dropout, int64_t hidden) {
+  constexpr int64_t STEP = DRAWS_PER_CALL * Isa::WIDTH;
+  return std::vector<uint16_t>(dropout ? (hidden + STEP - 1) / STEP * STEP : 0);
+}
+
+// The n elements from column c on of residual + dropout(x).
+template <class Isa, class Params>
+ALWAYS_INLINE Floats<Isa> pre_norm(const Params& p, int64_t row, int64_t c, int64_t n, const uint16_t* draws) {
+  Floats<Isa> z = load_first<Floats<Isa>>(p.x + row * p.stride_x + c, n);
+  if (p.dropout) z = drop<Isa>(p.dropout, z, draws + c);
+  return p.residual ? z + load_first<Floats<Isa>>(p.residual + row * p.stride_residual + c, n) : z;
+}
+
+template <class Isa>
+ALWAYS_INLINE void forward_rows(const Forward& p, int64_t begin, int64_t end) {
+  constexpr int W = Isa::WIDTH;
+  std::vector<uint16_t> draws = draw_buffer<Isa>(p.dropout, p.hidden);
+  for (int64_t row = begin; row < end; ++row) {
+    draw_row<Isa>(p.dropout, row, p.hidden, draws);
+    // y holds z until the statistics are known; a row stays in the first-level cache between the passes.
+    float* y = p.y + row * p.hidden;
+    Floats<Isa> sums[2] = {};
+    for (int64_t c = 0; c < p.hidden; c += W) {
+      const Floats<Isa> z = pre_norm<Isa>(p, row, c, p.hidden - c, draws.data());
+      store_first(y + c, z, p.hidden - c);
+      sums[c / W % 2] += z;
+    }
+    const float mean = sum<Isa>(sums[0] + sums[1]) / p.hidden;
+    Floats<Isa> squares[2] = {};
+    int64_t c = 0;
+    for (; c + W <= p.hidden; c += W) {
+      const Floats<Isa> centred = load<Floats<Isa>>(y + c) - mean;
+      squares[c / W % 2] += centred * centred;
+    }
+    float square_sum = sum<Isa>(squares[0] + squares[1]);
+    for (; c < p.hidden; ++c) square_sum += (y[c] - mean) * (y[c] - mean);
+    const float rstd = static_cast<float>(1.0 / std::sqrt(square_sum / static_cast<double>(p.hidden) + p.eps));
+    for (c = 0; c < p.hidden; c += W) {
+      const int64_t n = p.hidden - c;
+      const Floats<Isa> normalized = (load_first<Floats<Isa>>(y + c, n) - mean) * rstd;
+      store_first(y + c, normalized * load_first<Floats<Isa>>(p.weight + c, n) + load_first<Floats<Isa>>(p.bias + c, n), n);
+    }
+    p.mean[row] = mean;
+    p.rstd[row] = rstd;
+  }
+}
+ROBERTA_FAST_KERNEL(forward_rows, Forward)
+
+// Chunks of rows: which rows share a chunk depends on their number alone, so the sums do not depend on the threads.
+template <class Isa>
+ALWAYS_INLINE void backward_chunks(const Backward& p, int64_t begin, int64_t end) {
+  constexpr int W = Isa::WIDTH;
+  std::vector<uint16_t> draws = draw_buffer<Isa>(p.dropout, p.hidden);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    float* dweight = p.partials + 2 * chunk * p.hidden;
+    float* dbias = dweight + p.hidden;
+    for (int64_t row = chunk * p.chunk_rows; row < std::min((chunk + 1) * p.chunk_rows, p.rows); ++row) {
+      draw_row<Isa>(p.dropout, row, p.hidden, draws);
+      const float* dy = p.dy + row * p.stride_dy;
+      float* dz = p.dz + row * p.hidden;
+      const float mean = p.mean[row], rstd = p.rstd[row];
+      Floats<Isa> sum_g = {}, sum_gn = {};
+      for (int64_t c = 0; c < p.hidden; c += W) {
+        const int64_t n = p.hidden - c;
+        const Floats<Isa> normalized = (pre_norm<Isa>(p, row, c, n, draws.data()) - mean) * rstd;
+        const Floats<Isa> gradient = load_first<Floats<Isa>>(dy + c, n);
+        const Floats<Isa> g = gradient * load_first<Floats<Isa>>(p.weight + c, n);
+        sum_g += g;
+        sum_gn += g * normalized;
+        store_first(dweight + c, load_first<Floats<Isa>>(dweight + c, n) + gradient * normalized, n);
+        store_first(dbias + c, load_first<Floats<Isa>>(dbias + c, n) + gradient, n);
+        store_first(dz + c, normalized, n);
+      }
+      const float mean_g = sum<Isa>(sum_g) / p.hidden, mean_gn = sum<Isa>(sum_gn) / p.hidden;
+      for (int64_t c = 0; c < p.hidden; c += W) {
+        const int64_t n = p.hidden - c;
+        // Rounded as where mean_g was summed: with a fused product, g - mean_g would not vanish where all g are equal.
+        const Floats<Isa> g = rounded(load_first<Floats<Isa>>(dy + c, n) * load_first<Floats<Isa>>(p.weight + c, n));
+        const Floats<Isa> d = (g - mean_g - load_first<Floats<Isa>>(dz + c, n) * mean_gn) * rstd;
+        store_first(dz + c, d, n);
+        if (p.dx) store_first(p.dx + row * p.hidden + c, p.dropout ? drop<Isa>(p.dropout, d, &draws[c]) : d, n);
+      }
+    }
+  }
+}
+ROBERTA_FAST_KERNEL(backward_chunks, Backward)
+
+// Columns begin … end of sums [2 * hidden] over the chunks, in their order.
+struct Reduction {
+  const float* partials;
+  float* sums;
+  int64_t chunks, columns;
+};
+
+template <class Isa>
+ALWAYS_INLINE void reduce_columns(const Reduction& p, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; c += Isa::WIDTH) {
+    Floats<Isa> total = {};
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk)
+      total += load_first<Floats<Isa>>(p.partials + chunk * p.columns + c, end - c);
+    store_first(p.sums + c, total, end - c);
+  }
+}
+ROBERTA_FAST_KERNEL(reduce_columns, Reduction)
+
+// About 32k elements a task: less does not repay waking a thread.
+int64_t rows_per_task(int64_t hidden) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, hidden)); }
+
+at::Tensor as_float(const at::Tensor& t) { return with_unit_stride(t.to(at::kFloat)); }
+
+std::optional<at::Tensor> checked_residual(const std::optional<at::Tensor>& residual, const at::Tensor& x) {
+  if (!residual.has_value()) return std::nullopt;
+  check_shape(*residual, "residual", x.sizes());
+  return as_float(*residual);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd(
+    const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, const at::Tensor& bias,
+    double eps, double dropout_p, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& count) {
+  check_float(x, "x", 2);
+  const int64_t n = x.size(0), hidden = x.size(1);
+  check_shape(weight, "weight", {hidden});
+  check_shape(bias, "bias", {hidden});
+  const at::Tensor rows = with_unit_stride(x), scale = as_float(weight), shift = as_float(bias);
+  const std::optional<at::Tensor> added = checked_residual(residual, x);
+  const at::Tensor y = at::empty({n, hidden}, x.options()), mean = at::empty({n}, x.options()), rstd = at::empty({n}, x.options());
+  const Forward params{rows.const_data_ptr<float>(),
+                       added ? added->const_data_ptr<float>() : nullptr,
+                       scale.const_data_ptr<float>(),
+                       shift.const_data_ptr<float>(),
+                       y.mutable_data_ptr<float>(),
+                       mean.mutable_data_ptr<float>(),
+                       rstd.mutable_data_ptr<float>(),
+                       rows.stride(0),
+                       added ? added->stride(0) : 0,
+                       hidden,
+                       eps,
+                       make_dropout(dropout_p, seed)};
+  at::parallel_for(0, real_rows(count, n), rows_per_task(hidden),
+                   [&](int64_t begin, int64_t end) { forward_rows_for_cpu(params, begin, end); });
+  return {residual ? y.to(residual->scalar_type()) : y, mean, rstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(
+    const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight,
+    const at::Tensor& mean, const at::Tensor& rstd, double dropout_p, const std::optional<at::Tensor>& seed,
+    const std::optional<at::Tensor>& count) {
+  check_float(x, "x", 2);
+  const int64_t n = x.size(0), hidden = x.size(1);
+  check_shape(dy, "dy", x.sizes());
+  check_shape(weight, "weight", {hidden});
+  check_float(mean, "mean", 1);
+  check_float(rstd, "rstd", 1);
+  check_shape(mean, "mean", {n});
+  check_shape(rstd, "rstd", {n});
+  const at::Tensor gradient = as_float(dy), rows = with_unit_stride(x), scale = as_float(weight);
+  const at::Tensor means = mean.contiguous(), rstds = rstd.contiguous();
+  const std::optional<at::Tensor> added = checked_residual(residual, x);
+  const int64_t real = real_rows(count, n);
+  const int64_t chunk_rows = std::max<int64_t>(16, (real + 63) / 64), chunks = (real + chunk_rows - 1) / chunk_rows;
+  const at::Tensor dz = at::empty({n, hidden}, x.options());
+  const at::Tensor dx = dropout_p != 0.0 ? at::empty({n, hidden}, x.options()) : at::empty({0}, x.options());
+  const at::Tensor partials = at::zeros({chunks, 2, hidden}, x.options()), sums = at::empty({2, hidden}, x.options());
+  const Backward params{gradient.const_data_ptr<float>(),
+                        rows.const_data_ptr<float>(),
+                        added ? added->const_data_ptr<float>() : nullptr,
+                        scale.const_data_ptr<float>(),
+                        means.const_data_ptr<float>(),
+                        rstds.const_data_ptr<float>(),
+                        dz.mutable_data_ptr<float>(),
+                        dropout_p != 0.0 ? dx.mutable_data_ptr<float>() : nullptr,
+                        partials.mutable_data_ptr<float>(),
+                        gradient.stride(0),
+                        rows.stride(0),
+                        added ? added->stride(0) : 0,
+                        hidden,
+                        real,
+                        chunk_rows,
+                        make_dropout(dropout_p, seed)};
+  at::parallel_for(0, chunks, std::max<int64_t>(1, rows_per_task(hidden) / chunk_rows),
+                   [&](int64_t begin, int64_t end) { backward_chunks_for_cpu(params, begin, end); });
+  const Reduction reduction{partials.const_data_ptr<float>(), sums.mutable_data_ptr<float>(), chunks, 2 * hidden};
+  reduce_columns_for_cpu(reduction, 0, 2 * hidden);
+  return {residual ? dz.to(residual->scalar_type()) : dz, dx, sums[0].to(weight.scalar_type(), false, true),
+          sums[1].to(weight.scalar_type(), false, true)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
+  m.def(
+      "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p=0.0, "
+      "Tensor? seed=None, Tensor? count=None) -> (Tensor, Tensor, Tensor)",
+      torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(add_layer_norm_fwd)));
+  m.def(
+      "add_layer_norm_bwd(Tensor dy, Tensor x, Tensor? residual, Tensor weight, Tensor mean, Tensor rstd, "
+      "float dropout_p=0.0, Tensor? seed=None, Tensor? count=None) -> (Tensor, Tensor, Tensor, Tensor)",
+      torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(add_layer_norm_bwd)));
+}
+
+}  // namespace roberta_fast

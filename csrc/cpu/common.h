@@ -1,0 +1,45 @@
+// Checks and argument handling that the operators share.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+#include "philox.h"
+
+namespace roberta_fast {
+
+inline void check_float(const at::Tensor& t, const char* name, int64_t dim) {
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kFloat, name, " must be a float32 CPU tensor, got ",
+                    t.scalar_type(), " on ", t.device());
+  TORCH_CHECK_VALUE(t.dim() == dim, name, " must have ", dim, " dimensions, got shape ", t.sizes());
+}
+
+inline void check_shape(const at::Tensor& t, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
+}
+
+// The tensor with unit stride in its last dimension; a copy only where it has another.
+inline at::Tensor with_unit_stride(const at::Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
+}
+
+// Rows that may be read: all n, or as many as count says.
+inline int64_t real_rows(const std::optional<at::Tensor>& count, int64_t n) {
+  if (!count.has_value()) return n;
+  TORCH_CHECK_VALUE(count->device().is_cpu() && count->scalar_type() == at::kInt && count->numel() == 1,
+                    "count must be int32 [1] on the CPU, got ", count->scalar_type(), " ", count->sizes());
+  return std::clamp<int64_t>(*count->const_data_ptr<int32_t>(), 0, n);
+}
+
+inline Dropout make_dropout(double p, const std::optional<at::Tensor>& seed) {
+  if (p == 0.0) return {};
+  TORCH_CHECK_VALUE(p > 0.0 && p < 1.0, "dropout_p must be in [0, 1), got ", p);
+  TORCH_CHECK_VALUE(seed.has_value() && seed->scalar_type() == at::kLong && seed->numel() == 1,
+                    "seed must be an int64 [1] tensor where dropout_p=", p);
+  return {p, *seed->const_data_ptr<int64_t>()};
+}
+
+}  // namespace roberta_fast
