@@ -197,21 +197,22 @@ def test_weights_changed_in_place_are_seen(model, inputs):
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing_recomputes_the_same_dropout(reentrant, model, inputs):
-    gradients = []
     accelerate_model(model).train()
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            calls = []
-            original = type(model.roberta.encoder.layer[0])._block
-            model.roberta.encoder.layer[0]._block = lambda *a: calls.append(1) or original(model.roberta.encoder.layer[0], *a)
+    layer, calls = model.roberta.encoder.layer[0], []
+    layer._block = lambda *args: calls.append(1) or type(layer)._block(layer, *args)
+
+    def gradients():
         model.zero_grad()
         torch.manual_seed(3)
         model(**inputs, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert len(calls) == 2, "the layer must run again in backward"
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.allclose(plain, recomputed, atol=1e-6)
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    recomputed = gradients()
+    assert len(calls) == 1 + 2, "the layer must run again in backward"
+    for before, after in zip(plain, recomputed, strict=True):
+        assert torch.allclose(before, after, atol=1e-6)
 
 
 def test_compiles_whole_for_every_length_mix(model):
@@ -219,7 +220,7 @@ def test_compiles_whole_for_every_length_mix(model):
     model = accelerate_model(randomize(RobertaForSequenceClassification(tiny_config(hidden_dropout_prob=0.0))))
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter, graphs = CompileCounterWithBackend("aot_eager"), []
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for lengths in ([9, 3, 17, 2], [4, 4, 4, 19, 7], [11, 2, 30]):
         mask = roberta_fast.testing.ragged_mask(lengths)
@@ -228,11 +229,12 @@ def test_compiles_whole_for_every_length_mix(model):
             m.eval().zero_grad()
         output, expected = compiled(**inputs), eager(**inputs)
         assert torch.allclose(output.logits, expected.logits, atol=1e-5)
-        for m, o in ((model, output), (eager, expected)):
-            o.logits.square().sum().backward()
+        graphs.append(counter.frame_count)
+        for result in (output, expected):
+            result.logits.square().sum().backward()
         for p, q in zip(model.parameters(), eager.parameters(), strict=True):
             assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5)
-    assert counter.frame_count == 1
+    assert len(set(graphs)) == 1, "a new length mix must not compile again"
 
 
 def test_pickles_copies_and_saves(model, inputs, tmp_path):
