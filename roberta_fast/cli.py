@@ -1,0 +1,21 @@
+"""The command ``roberta-fast``."""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": ("roberta_fast.demo", "a real model on real text, stock and accelerated, side by side"),
+    "bench": ("roberta_fast.benchmarks.encoder", "the encoder against its peers, in one run"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs ``roberta-fast <command> ...`` and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="roberta-fast", description="A drop-in, accelerated RoBERTa and BERT encoder.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, help_text) in COMMANDS.items():
+        commands.add_parser(name, help=help_text, add_help=False)
+    command = parser.parse_args(argv[:1]).command
+    return importlib.import_module(COMMANDS[command][0]).run(argv[1:])
