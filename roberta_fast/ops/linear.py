@@ -60,8 +60,7 @@ def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def linear_ref(x, weight, bias=None, residual=None, count=None):
     """The composition in plain PyTorch."""
-    y = x @ weight.mT
-    y = y if bias is None else y + bias
+    y = F.linear(x, weight, bias)
     return y if residual is None else y + residual
 
 
