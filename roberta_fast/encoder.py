@@ -11,6 +11,7 @@ import warnings
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.roberta.modeling_roberta import RobertaEncoder as StockRobertaEncoder
 from transformers.utils.output_capturing import _active_collector
@@ -182,6 +183,8 @@ def encoder_objection(encoder: nn.Module) -> str | None:
 
 def _call_objection(mask, encoder_hidden_states, past_key_values, collected):
     """Why this call takes the stock path, or None."""
+    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        return "a torch.func transform or forward-mode differentiation"
     if encoder_hidden_states is not None:
         return "cross-attention"
     if past_key_values is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from roberta_fast import dispatch
 
@@ -14,17 +15,49 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
     implementation: picks a backend by ``dispatch.choose`` and runs it; its results never alias its arguments.
     fake: returns empty tensors of the right shapes, dtypes and strides, for tracing and compilation.
+    Calling it raises NotImplementedError inside forward-mode differentiation.
     """
     name = schema.split("(", 1)[0]
+
+    def run(*arguments):
+        # torch drops the tangents of an operation without a rule for them, and says nothing.
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(f"roberta_fast::{name} has no forward-mode derivative")
+        return implementation(*arguments)
+
     _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"roberta_fast::{name}", fake, lib=_library)
     return getattr(torch.ops.roberta_fast, name).default
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Attaches a backward formula, itself made of operations of this library, to ``roberta_fast::<name>``."""
-    torch.library.register_autograd(f"roberta_fast::{name}", backward, setup_context=setup_context, lib=_library)
+    """Attaches a backward formula, itself made of operations of this library, to ``roberta_fast::<name>``.
+
+    The gradients have no derivative: under ``create_graph=True``, differentiating them raises NotImplementedError.
+    """
+
+    def once(ctx, *gradients):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        return _OnceDifferentiable.apply(name, *(r if r is None else r.requires_grad_() for r in results))
+
+    torch.library.register_autograd(f"roberta_fast::{name}", once, setup_context=setup_context, lib=_library)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes gradients on, and raises where someone differentiates them."""
+
+    @staticmethod
+    def forward(ctx, name, *gradients):
+        ctx.name = name
+        return gradients
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(f"roberta_fast::{ctx.name} cannot be differentiated twice; restore_model(model) can")
 
 
 def register_backends(
