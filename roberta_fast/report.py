@@ -94,10 +94,19 @@ def _layer_fallbacks(layer):
     if gelu_form(parts.activation) is None:
         yield f"linear_gelu is not used: the activation is {type(parts.activation).__name__}"
     elif not is_plain(parts.intermediate, nn.Linear):
-        yield f"linear_gelu is not used: intermediate.dense is a {type(parts.intermediate).__name__}"
+        yield f"linear_gelu is not used: intermediate.dense is a {_kind(parts.intermediate)}"
+    for name in ("query", "key", "value", "attention_output", "output"):
+        if not is_plain(getattr(parts, name), nn.Linear):
+            yield f"{name} is called as a module: it is a {_kind(getattr(parts, name))}"
     for norm in (parts.attention_norm, parts.output_norm):
         if not is_plain(norm, nn.LayerNorm):
-            yield f"add_layer_norm is not used: the norm is a {type(norm).__name__}"
+            yield f"add_layer_norm is not used: the norm is a {_kind(norm)}"
+
+
+def _kind(module):
+    """A module's class; adapters share names with torch's, so others come with where they are defined."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("torch.nn.") else f"{kind.__name__} ({kind.__module__})"
 
 
 @dataclasses.dataclass(frozen=True)
