@@ -3,6 +3,7 @@
 import dataclasses
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from roberta_fast import encoder as fast
 from roberta_fast.families import FAMILIES, Family, family_of, family_of_encoder, supported_model_types
@@ -15,7 +16,7 @@ def accelerate_model(model: nn.Module, options: FastOptions | None = None, **ove
     Parameters, their names, hooks and ``save_pretrained`` stay as they are; ``restore_model`` undoes it.
     model: any module that holds Hugging Face encoders, e.g. ``RobertaForSequenceClassification`` or a ``SentenceTransformer``.
     options: see ``FastOptions``; overrides: its fields by name, e.g. ``backend="torch"``.
-    Raises ValueError naming the model's type and the supported ones where there is no such encoder.
+    Raises ValueError, with nothing changed, naming the model's type and the supported ones where there is no such encoder.
     """
     options = _options(options, overrides)
     encoders = fast_encoders(model) + [m for m in model.modules() if family_of_encoder(m)]
@@ -26,17 +27,19 @@ def accelerate_model(model: nn.Module, options: FastOptions | None = None, **ove
             f"supported are {', '.join(supported_model_types())}"
         )
     for module in encoders:
+        fast.layer_classes(module)  # raises before anything is changed
+    for module in encoders:
         family = family_of_encoder(module)
         if family:
             module.__class__ = fast.fast_class(family, "encoder")
-        fast.make_fast(module, options)
+        fast.make_fast(module, options, _owners(model, module))
     return model
 
 
 def restore_model(model: nn.Module) -> nn.Module:
     """Makes the encoders of ``model`` stock again, in place, and returns it; one without fast encoders stays as it is."""
     for module in fast_encoders(model):
-        fast.make_stock(module)
+        fast.make_stock(module, _owners(model, module))
     return model
 
 
@@ -71,6 +74,12 @@ def _options(options, overrides):
     except TypeError:
         names = [field.name for field in dataclasses.fields(FastOptions)]
         raise ValueError(f"options {sorted(set(overrides) - set(names))} do not exist; there are {names}") from None
+
+
+def _owners(model, encoder):
+    """The modules that hold ``encoder`` and have a config, by which they make its mask."""
+    models = [module for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)]
+    return [module for module in models if any(child is encoder for child in module.children())]
 
 
 def fast_encoders(model: nn.Module) -> list[nn.Module]:

@@ -8,16 +8,27 @@ layer gets its attention mask; called in any other way it is the stock layer.
 
 import functools
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.roberta.modeling_roberta import RobertaEncoder as StockRobertaEncoder
+from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
 from roberta_fast import attention_name, ops
-from roberta_fast.families import FAMILIES, LayerParts, family_of, family_of_encoder, gelu_form, is_plain, layer_parts
+from roberta_fast.families import (
+    FAMILIES,
+    Family,
+    LayerParts,
+    family_of,
+    family_of_encoder,
+    family_of_layer,
+    gelu_form,
+    is_plain,
+    layer_parts,
+)
 from roberta_fast.ops import dropout
 from roberta_fast.options import FastOptions
 from roberta_fast.packing import PackedBatch
@@ -41,7 +52,7 @@ class FastLayer:
 
     def _block(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
         p_attention, p_projection, p_output = (
-            module.p if module.training else 0.0
+            module.p if module is not None and module.training else 0.0
             for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
         )
         seeds = dropout.new_seeds(3, rows.device) if p_attention or p_projection or p_output else None
@@ -63,15 +74,8 @@ class FastLayer:
 
     def _stock_block(self, hidden_states, batch):
         padded = hidden_states if hidden_states.dim() == 3 else batch.unpack(hidden_states)
-        name = parts_attention_name(self)
-        mask = attention_name.stock_mask(name, batch.mask, padded, layer_parts(self).attention.config)
-        padded = super().forward(padded, mask)
+        padded = super().forward(padded, attention_name.stock_mask(layer_parts(self).attention, batch.mask, padded))
         return padded if hidden_states.dim() == 3 else batch.pack(padded)
-
-
-def parts_attention_name(layer: nn.Module) -> str:
-    """The attention implementation that the layer's stock path runs on."""
-    return getattr(layer_parts(layer).attention, "_stock_attention", "sdpa")
 
 
 def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
@@ -88,11 +92,11 @@ def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
 def _query_key_value(rows, parts):
     """Three [N, H, D] views. One GEMM on CUDA, where concatenating the weights costs less than two more launches."""
     projections = (parts.query, parts.key, parts.value)
-    heads = (parts.attention.num_attention_heads, parts.attention.attention_head_size)
+    heads = (-1, parts.attention.attention_head_size)
     if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
-        return ops.linear(rows, weight, bias).view(rows.shape[0], 3, *heads).unbind(1)
-    return tuple(p(rows).view(rows.shape[0], *heads) for p in projections)
+        return ops.linear(rows, weight, bias).unflatten(1, (3, *heads)).unbind(1)
+    return tuple(p(rows).unflatten(1, heads) for p in projections)
 
 
 def _activated(rows, parts, batch):
@@ -133,7 +137,7 @@ class FastEncoder:
         past_key_values=None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> ModelOutput:
         """The encoder's output, ``last_hidden_state`` [B, S, C], zeros at padding.
 
         hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, or None. Any 4D mask, decoder
@@ -145,16 +149,15 @@ class FastEncoder:
         if reason:
             self._report(reason)
             if mask is not None and mask.dim() == 2:
-                attention_mask = attention_name.stock_mask(self._stock_attention, mask, hidden_states, self.config)
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
+                attention_mask = attention_name.stock_mask(layer_parts(self.layer[0]).attention, mask, hidden_states)
+            decoding = {
+                "encoder_hidden_states": encoder_hidden_states,
+                "encoder_attention_mask": encoder_attention_mask,
+                "past_key_values": past_key_values,
+                "use_cache": use_cache,
+            }
+            given = {name: value for name, value in decoding.items() if value is not None}
+            return self.stock.forward(self, hidden_states, attention_mask, **given, **kwargs)
         if mask is not None and mask.shape != hidden_states.shape[:2]:
             expected, got = tuple(hidden_states.shape[:2]), tuple(mask.shape)
             raise ValueError(f"attention_mask must be [B, S] = {expected} as hidden_states has it, got {got}")
@@ -163,7 +166,7 @@ class FastEncoder:
         rows = hidden_states if watched else batch.pack(hidden_states)
         for layer in self.layer:
             rows = layer(rows, batch)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows if watched else batch.unpack(rows))
+        return self.family.output(last_hidden_state=rows if watched else batch.unpack(rows))
 
     def _report(self, reason: str) -> None:
         """Counts a call that takes the stock path; warns of each reason once. Traced code stays silent."""
@@ -178,7 +181,12 @@ class FastEncoder:
 
 def encoder_objection(encoder: nn.Module) -> str | None:
     """Why this encoder always takes the stock path, or None."""
-    return "decoder mode" if encoder.config.is_decoder else None
+    return "decoder mode" if getattr(_config_of(encoder), "is_decoder", False) else None
+
+
+def _config_of(encoder):
+    """The config by which an encoder was built; DistilBERT's does not keep it."""
+    return encoder.config if hasattr(encoder, "config") else layer_parts(encoder.layer[0]).attention.config
 
 
 def _call_objection(mask, encoder_hidden_states, past_key_values, collected):
@@ -228,9 +236,8 @@ class FastRobertaEncoder(FastEncoder, StockRobertaEncoder):
 
     def __init__(self, config, options: FastOptions | None = None):
         nn.Module.__init__(self)
-        layer_class = fast_class(family_of(config.model_type), "layer")
-        self.config = config
-        self.layer = nn.ModuleList(layer_class(config, layer_idx=i) for i in range(config.num_hidden_layers))
+        self._be_of(family_of(config.model_type))
+        self.config, self.layer = config, self.stock(config).layer
         make_fast(self, options or FastOptions())
 
     @classmethod
@@ -240,61 +247,80 @@ class FastRobertaEncoder(FastEncoder, StockRobertaEncoder):
         Switches the shared config to the attention name ``"roberta_fast"``, by which the padding mask arrives unexpanded.
         Raises ValueError if ``encoder`` is no encoder of a supported family.
         """
-        if not isinstance(encoder, FastEncoder) and family_of_encoder(encoder) is None:
+        family = encoder.family if isinstance(encoder, FastEncoder) else family_of_encoder(encoder)
+        if family is None:
             raise ValueError(f"encoder must be the encoder of a supported family, got {type(encoder).__name__}")
         fast = cls.__new__(cls)
         nn.Module.__init__(fast)
-        fast.config, fast.layer = encoder.config, encoder.layer
+        fast._be_of(family)
+        fast.config, fast.layer = _config_of(encoder), encoder.layer
         fast.train(encoder.training)
         make_fast(fast, options or FastOptions())
         return fast
 
+    def _be_of(self, family):
+        self.family, self.stock = family, family.stock_class("encoder")
 
-def make_fast(encoder: nn.Module, options: FastOptions) -> None:
-    """Puts a fast encoder's layers and config in order; an encoder that always takes the stock path keeps its config."""
+
+def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Module] = ()) -> None:
+    """Puts a fast encoder's layers and configs in order; an encoder that always takes the stock path keeps its config.
+
+    owners: the models that hold the encoder and make its mask, where their config may be another object than the layers'.
+    """
     encoder.fast_options = options
     encoder.stock_calls = {}
-    for layer in encoder.layer:
-        if not isinstance(layer, FastLayer):
-            layer.__class__ = fast_class(_family_of_layer(layer), "layer")
-    modules = (encoder, *(layer_parts(layer).attention for layer in encoder.layer))
+    for layer, layer_class in zip(encoder.layer, layer_classes(encoder), strict=True):
+        layer.__class__ = layer_class
     if encoder_objection(encoder) is None:
-        attention_name.switch_on(encoder.config, modules)
+        attention_name.switch_on((*_attentions(encoder), *owners))
 
 
-def make_stock(encoder: nn.Module) -> None:
+def layer_classes(encoder: nn.Module) -> list[type[nn.Module]]:
+    """The fast class of every layer. Raises ValueError naming a layer that is of no supported family."""
+    return [fast_class(family_of_layer(layer), "layer") for layer in encoder.layer]
+
+
+def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
     """Undoes ``make_fast`` and the change of class."""
+    attention_name.switch_off((*_attentions(encoder), *owners))
     for layer in encoder.layer:
-        layer.__class__ = _stock_base(layer)
-    attention_name.switch_off(encoder.config, (encoder, *(layer_parts(layer).attention for layer in encoder.layer)))
-    for name in ("fast_options", "stock_calls"):
+        layer.__class__ = layer.stock
+    stock = encoder.stock
+    for name in ("fast_options", "stock_calls", "family", "stock"):
         encoder.__dict__.pop(name, None)
-    encoder.__class__ = _stock_base(encoder)
+    encoder.__class__ = stock
 
 
-def _stock_base(module: nn.Module) -> type[nn.Module]:
-    return next(c for c in type(module).__mro__ if c.__module__.startswith("transformers.models"))
-
-
-def _family_of_layer(layer: nn.Module):
-    for family in FAMILIES:
-        if type(layer).__name__ == family.layer:
-            return family
-    raise ValueError(f"encoder.layer holds a {type(layer).__name__}, which no supported family has")
+def _attentions(encoder):
+    return [layer_parts(layer).attention for layer in encoder.layer]
 
 
 @functools.cache
-def fast_class(family, role: str) -> type[nn.Module]:
+def fast_class(family: Family, role: str) -> type[nn.Module]:
     """The fast subclass of a family's ``"layer"`` or ``"encoder"``. It keeps the stock name, by which FSDP wraps."""
     stock = family.stock_class(role)
     mixin = FastLayer if role == "layer" else FastEncoder
-    return type(stock.__name__, (mixin, stock), {"__module__": __name__, "__doc__": f"{stock.__name__} on fused operations."})
+    body = {
+        "__module__": __name__,
+        "__qualname__": _global_name(family, role),
+        "__doc__": f"{stock.__name__} on fused operations.",
+        "family": family,
+        "stock": stock,
+    }
+    return type(stock.__name__, (mixin, stock), body)
+
+
+def _global_name(family, role):
+    """The name of a fast class in this module: the stock one, lengthened where an earlier family has it."""
+    name = getattr(family, role)
+    owner = next(f for f in FAMILIES if name in (f.layer, f.encoder))
+    return name if owner is family else f"{name}_{family.module.split('.')[0]}"
 
 
 def __getattr__(name: str):
     """Finds the fast classes by name, so that they pickle like any class of a module."""
     for family in FAMILIES:
         for role in ("layer", "encoder"):
-            if getattr(family, role) == name:
+            if _global_name(family, role) == name:
                 return fast_class(family, role)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

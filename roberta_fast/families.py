@@ -1,70 +1,13 @@
 """Which Hugging Face classes are served, and where their layers keep what the fast layer computes with."""
 
 import importlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
 from transformers import activations
-
-
-class Family(NamedTuple):
-    """A model family whose encoder layers are BERT's post-LayerNorm block.
-
-    model_types: the ``config.model_type`` values. module: where its classes live, below ``transformers.models``.
-    layer, encoder: names of its stock classes there.
-    """
-
-    model_types: tuple[str, ...]
-    module: str
-    layer: str
-    encoder: str
-
-    def stock_class(self, role: str) -> type[nn.Module]:
-        """The stock class for ``"layer"`` or ``"encoder"``, imported now."""
-        return getattr(self.modeling(), getattr(self, role))
-
-    def replace_encoder(self, replacement: type[nn.Module]) -> type[nn.Module]:
-        """Puts ``replacement`` where the family's models look for their encoder class; returns what stood there."""
-        before = self.stock_class("encoder")
-        setattr(self.modeling(), self.encoder, replacement)
-        return before
-
-    def modeling(self):
-        """The Hugging Face module that defines the family."""
-        return importlib.import_module(f"transformers.models.{self.module}")
-
-
-FAMILIES = (
-    Family(("roberta",), "roberta.modeling_roberta", "RobertaLayer", "RobertaEncoder"),
-    Family(("bert",), "bert.modeling_bert", "BertLayer", "BertEncoder"),
-    Family(("xlm-roberta",), "xlm_roberta.modeling_xlm_roberta", "XLMRobertaLayer", "XLMRobertaEncoder"),
-    Family(("camembert",), "camembert.modeling_camembert", "CamembertLayer", "CamembertEncoder"),
-    Family(("electra",), "electra.modeling_electra", "ElectraLayer", "ElectraEncoder"),
-    Family(("ernie",), "ernie.modeling_ernie", "ErnieLayer", "ErnieEncoder"),
-    Family(("data2vec-text",), "data2vec.modeling_data2vec_text", "Data2VecTextLayer", "Data2VecTextEncoder"),
-    Family(("roc_bert",), "roc_bert.modeling_roc_bert", "RoCBertLayer", "RoCBertEncoder"),
-)
-
-
-def supported_model_types() -> tuple[str, ...]:
-    """The ``config.model_type`` values that ``accelerate_model`` serves."""
-    return tuple(model_type for family in FAMILIES for model_type in family.model_types)
-
-
-def family_of(model_type: str) -> Family:
-    """The family that serves ``model_type``. Raises ValueError naming it and the supported ones if none does."""
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    raise ValueError(f"model_type={model_type!r} is not supported; supported are {', '.join(supported_model_types())}")
-
-
-def family_of_encoder(module: nn.Module) -> Family | None:
-    """The family whose stock encoder class ``module`` is an exact instance of, or None."""
-    for family in FAMILIES:
-        if type(module).__name__ == family.encoder and type(module).__module__ == f"transformers.models.{family.module}":
-            return family
-    return None
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils import ModelOutput
 
 
 class LayerParts(NamedTuple):
@@ -76,7 +19,7 @@ class LayerParts(NamedTuple):
     value: nn.Module
     attention_dropout: nn.Module
     attention_output: nn.Module
-    attention_output_dropout: nn.Module
+    attention_output_dropout: nn.Module | None
     attention_norm: nn.Module
     intermediate: nn.Module
     activation: nn.Module
@@ -86,8 +29,8 @@ class LayerParts(NamedTuple):
     containers: tuple[nn.Module, ...]
 
 
-def layer_parts(layer: nn.Module) -> LayerParts:
-    """The parts of a BERT-style layer."""
+def bert_parts(layer: nn.Module) -> LayerParts:
+    """The parts of a layer with BERT's names."""
     attention, intermediate, output = layer.attention, layer.intermediate, layer.output
     heads, projection = attention.self, attention.output
     return LayerParts(
@@ -106,6 +49,128 @@ def layer_parts(layer: nn.Module) -> LayerParts:
         output_norm=output.LayerNorm,
         containers=(attention, heads, projection, intermediate, output),
     )
+
+
+def distilbert_parts(layer: nn.Module) -> LayerParts:
+    """The parts of a DistilBERT layer, which drops nothing between its attention and the first LayerNorm."""
+    attention, feed_forward = layer.attention, layer.ffn
+    return LayerParts(
+        attention=attention,
+        query=attention.q_lin,
+        key=attention.k_lin,
+        value=attention.v_lin,
+        attention_dropout=attention.dropout,
+        attention_output=attention.out_lin,
+        attention_output_dropout=None,
+        attention_norm=layer.sa_layer_norm,
+        intermediate=feed_forward.lin1,
+        activation=feed_forward.activation,
+        output=feed_forward.lin2,
+        output_dropout=feed_forward.dropout,
+        output_norm=layer.output_layer_norm,
+        containers=(attention, feed_forward),
+    )
+
+
+class Family(NamedTuple):
+    """A model family whose encoder layers are BERT's post-LayerNorm block.
+
+    model_types: the ``config.model_type`` values. module: where its classes live, below ``transformers.models``.
+    layer, encoder: names of its stock classes there. parts: finds the parts of a layer.
+    output: what its encoder returns; ``BaseModelOutput`` where it cannot be a decoder.
+    """
+
+    model_types: tuple[str, ...]
+    module: str
+    layer: str
+    encoder: str
+    parts: Callable[[nn.Module], LayerParts] = bert_parts
+    output: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
+
+    def stock_class(self, role: str) -> type[nn.Module]:
+        """The stock class for ``"layer"`` or ``"encoder"``, imported now; also while a replacement stands in its place."""
+        found = getattr(self.modeling(), getattr(self, role))
+        return next(c for c in found.__mro__ if c.__module__ == self.modeling().__name__)
+
+    def replace_encoder(self, replacement: type[nn.Module]) -> type[nn.Module]:
+        """Puts ``replacement`` where the family's models look for their encoder class; returns what stood there."""
+        before = getattr(self.modeling(), self.encoder)
+        setattr(self.modeling(), self.encoder, replacement)
+        return before
+
+    def modeling(self):
+        """The Hugging Face module that defines the family."""
+        return importlib.import_module(f"transformers.models.{self.module}")
+
+
+FAMILIES = (
+    Family(("roberta",), "roberta.modeling_roberta", "RobertaLayer", "RobertaEncoder"),
+    Family(("bert", "dpr"), "bert.modeling_bert", "BertLayer", "BertEncoder"),
+    Family(("xlm-roberta",), "xlm_roberta.modeling_xlm_roberta", "XLMRobertaLayer", "XLMRobertaEncoder"),
+    Family(("camembert",), "camembert.modeling_camembert", "CamembertLayer", "CamembertEncoder"),
+    Family(
+        ("distilbert",),
+        "distilbert.modeling_distilbert",
+        "TransformerBlock",
+        "Transformer",
+        parts=distilbert_parts,
+        output=BaseModelOutput,
+    ),
+    Family(("electra",), "electra.modeling_electra", "ElectraLayer", "ElectraEncoder"),
+    Family(("ernie",), "ernie.modeling_ernie", "ErnieLayer", "ErnieEncoder"),
+    Family(("data2vec-text",), "data2vec.modeling_data2vec_text", "Data2VecTextLayer", "Data2VecTextEncoder"),
+    Family(("roc_bert",), "roc_bert.modeling_roc_bert", "RoCBertLayer", "RoCBertEncoder"),
+    Family(("bert-generation",), "bert_generation.modeling_bert_generation", "BertGenerationLayer", "BertEncoder"),
+    Family(("splinter",), "splinter.modeling_splinter", "SplinterLayer", "SplinterEncoder", output=BaseModelOutput),
+    Family(("align_text_model",), "align.modeling_align", "AlignTextLayer", "AlignTextEncoder", output=BaseModelOutput),
+    Family(("clap_text_model",), "clap.modeling_clap", "ClapTextLayer", "ClapTextEncoder", output=BaseModelOutput),
+    Family(
+        ("chinese_clip_text_model",),
+        "chinese_clip.modeling_chinese_clip",
+        "ChineseCLIPTextLayer",
+        "ChineseCLIPTextEncoder",
+        output=BaseModelOutput,
+    ),
+)
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """The ``config.model_type`` values that ``accelerate_model`` serves."""
+    return tuple(model_type for family in FAMILIES for model_type in family.model_types)
+
+
+def family_of(model_type: str) -> Family:
+    """The family that serves ``model_type``. Raises ValueError naming it and the supported ones if none does."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    raise ValueError(f"model_type={model_type!r} is not supported; supported are {', '.join(supported_model_types())}")
+
+
+def family_of_encoder(module: nn.Module) -> Family | None:
+    """The family whose stock encoder class ``module`` is an exact instance of, or None."""
+    return _STOCK_CLASSES.get(("encoder", type(module).__module__, type(module).__name__))
+
+
+def family_of_layer(layer: nn.Module) -> Family:
+    """The family of a stock or fast ``layer``. Raises ValueError naming its class if no supported family has it."""
+    family = getattr(type(layer), "family", None)
+    family = family or _STOCK_CLASSES.get(("layer", type(layer).__module__, type(layer).__name__))
+    if family is None:
+        raise ValueError(f"the encoder holds a {type(layer).__name__}, which is no layer of a supported family")
+    return family
+
+
+_STOCK_CLASSES = {
+    (role, f"transformers.models.{family.module}", getattr(family, role)): family
+    for family in FAMILIES
+    for role in ("layer", "encoder")
+}
+
+
+def layer_parts(layer: nn.Module) -> LayerParts:
+    """The parts of a stock or fast ``layer``."""
+    return family_of_layer(layer).parts(layer)
 
 
 _GELU_FORMS = {

@@ -330,7 +330,8 @@ def test_check_parity(model, inputs):
 
 
 def test_supported_model_types():
-    assert supported_model_types()[:4] == ("roberta", "bert", "xlm-roberta", "camembert")
+    assert supported_model_types()[:2] == ("roberta", "bert")
+    assert {"xlm-roberta", "camembert", "distilbert", "electra", "dpr", "bert-generation"} < set(supported_model_types())
 
 
 def test_import_is_light_and_touches_no_device(tmp_path):

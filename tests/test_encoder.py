@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from roberta_fast import FastRobertaEncoder, accelerate_model, families
+from roberta_fast import FastRobertaEncoder, accelerate_model
 from roberta_fast.reference import encoder_ref
 from roberta_fast.testing import MASKS, assert_close_as_torch, random_inputs, randomize, tiny_config
 
@@ -49,7 +49,7 @@ def test_reference_is_what_hugging_face_computes(mask, attention):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("model_type", families.supported_model_types())
+@pytest.mark.parametrize("model_type", ["roberta", "bert"])
 def test_forward(model_type, mask):
     model = stock_model(model_type)
     inputs = random_inputs(mask, model.config)
