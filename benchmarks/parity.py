@@ -1,0 +1,85 @@
+"""The gate before every encoder table: a peer whose results are not the stock model's is not timed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cosine_similarity
+
+from roberta_fast.benchmarks.shapes import Batch
+from roberta_fast.report import stock_clone
+from roberta_fast.testing import assert_close_as_torch
+
+NEXT_PRECISION = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+ZERO_BUT_FOR_ROUNDING = 1e-5  # of the largest gradient; that of a key's bias is zero, for softmax does not see shifts
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """How near a peer's results are to the baseline's.
+
+    max_abs: the largest difference. cosine: the least cosine similarity of a token's hidden state, or that of the whole gradient.
+    """
+
+    max_abs: float
+    cosine: float
+
+
+class Gate:
+    """Holds peers to a model's results on one batch: hidden states at real tokens or, with labels, every gradient.
+
+    model: the stock model, in the measured dtype. baseline: the stock peer, whose rounding error sets the tolerance around the
+    same model one precision up: 2 times for hidden states, 3 times for gradients. Dropout is off in both.
+    """
+
+    def __init__(self, model: nn.Module, baseline: Callable, batch: Batch, labels: torch.Tensor | None = None):
+        self._batch, self._labels, self._parameters = batch, labels, dict(model.named_parameters())
+        wide = stock_clone(model)
+        for module in wide.modules():  # parameters of its own, where the clone shared them
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.detach().to(NEXT_PRECISION[parameter.dtype]))
+        wide.set_attn_implementation("sdpa")
+        self._exact = self._results(wide.eval(), dict(wide.named_parameters()))
+        self._baseline = self._results(baseline)
+
+    def check(self, peer: Callable) -> Nearness:
+        """How near ``peer`` is. Raises AssertionError with the numbers where it is not near enough."""
+        results = self._results(peer)
+        without = sorted(self._exact.keys() - results.keys())
+        assert not without, f"no gradient reaches {without[0]}"
+        largest = max(exact.abs().max() for exact in self._exact.values())
+        for name, exact in self._exact.items():
+            ours, theirs = results[name], self._baseline[name]
+            if self._labels is not None and exact.abs().max() < ZERO_BUT_FOR_ROUNDING * largest:
+                ours, theirs, exact = (torch.cat([t.flatten(), largest[None].to(t)]) for t in (ours, theirs, exact))
+            assert_close_as_torch(ours, theirs, exact, factor=2.0 if self._labels is None else 3.0, name=name)
+        differences = [(results[name].double() - theirs.double()).abs().max() for name, theirs in self._baseline.items()]
+        return Nearness(max(differences).item(), self._cosine(results))
+
+    def _results(self, function, parameters=None):
+        """Hidden states [T, C] at real tokens, or the gradients by parameter name."""
+        if self._labels is None:
+            with torch.no_grad():
+                hidden = function(**self._batch.inputs())[0]
+            return {"last_hidden_state": hidden[self._batch.attention_mask.bool()].clone()}
+        parameters = parameters or self._parameters
+        clear_gradients(parameters.values())
+        function(**self._batch.inputs(), labels=self._labels)[0].backward()
+        gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        clear_gradients(parameters.values())
+        return gradients
+
+    def _cosine(self, results):
+        if self._labels is None:
+            pairs = ((results[name].double(), theirs.double()) for name, theirs in self._baseline.items())
+            return min(cosine_similarity(ours, theirs, dim=-1).min().item() for ours, theirs in pairs)
+        flat = [torch.cat([r[name].flatten().double() for name in self._baseline]) for r in (results, self._baseline)]
+        return cosine_similarity(*flat, dim=0).item()
+
+
+def clear_gradients(parameters) -> None:
+    """Frees the gradients, so that the next backward pass allocates them."""
+    for parameter in parameters:
+        parameter.grad = None

@@ -1,0 +1,151 @@
+"""Whom the encoder is compared with: one entry a peer.
+
+A peer is built from a stock Hugging Face model and returns a function of the model's keyword arguments whose result has the last
+hidden state [B, S, C] first, or the loss where the model has a head and gets ``labels``. It must leave the model as it is; it may
+share its parameters.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import roberta_fast
+from roberta_fast.families import layer_parts
+from roberta_fast.report import stock_clone
+
+BASELINE = "huggingface-sdpa"
+OURS = "roberta_fast"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One entry of ``PEERS``.
+
+    build: from the stock model to the function that is measured. needs: module to import, and how to install it.
+    devices: torch device types that it runs on. trains: whether gradients flow through it, with the model's own dropout.
+    dtypes: names of the dtypes that it computes in; None for all. default: part of a run that names no peers.
+    compiled: it reuses buffers of its own, so that its memory cannot be read off one call.
+    """
+
+    build: Callable[[nn.Module], Callable]
+    needs: tuple[str, str] = ("torch", "pip install torch")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    trains: bool = True
+    dtypes: tuple[str, ...] | None = None
+    default: bool = True
+    compiled: bool = False
+
+    def reason_against(self, device: str, dtype: str, training: bool) -> str | None:
+        """Why it cannot take part, with the command that changes it where there is one; None if it can."""
+        module, install = self.needs
+        if _missing(module):
+            return f"{module} is not installed: {install}"
+        if device not in self.devices:
+            return f"it runs on {', '.join(self.devices)}, not on {device}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"it computes in {', '.join(self.dtypes)}, not in {dtype}"
+        if training and not self.trains:
+            return "it does not train with this model's dropout"
+        return None
+
+
+def _missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:  # a parent package is missing
+        return True
+
+
+def _huggingface(model: nn.Module, attention: str) -> Callable:
+    clone = stock_clone(model)
+    clone.set_attn_implementation(attention)
+    return clone
+
+
+def _compiled(model: nn.Module, mode: str) -> Callable:
+    # Every batch shape gets its own graph, which is the most that compilation can do for it.
+    return torch.compile(_huggingface(model, "sdpa"), mode=mode, dynamic=False)
+
+
+def _ours(model: nn.Module, **options) -> Callable:
+    return roberta_fast.accelerate_model(stock_clone(model), on_unsupported="error", **options)
+
+
+def _unpadded(model: nn.Module) -> Callable:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return UnpaddedEncoder(model, varlen_attn)
+
+
+class UnpaddedEncoder:
+    """The encoder on real tokens only, in plain PyTorch calls: what one writes around an unpadded attention in an afternoon.
+
+    attend: (query, key, value [T, H, D], cu_seqlens, cu_seqlens, longest, longest) to [T, H, D].
+    """
+
+    def __init__(self, model: nn.Module, attend: Callable):
+        self._embeddings, self._attend = model.embeddings, attend
+        self._layers = [self._parameters(layer_parts(layer)) for layer in model.encoder.layer]
+
+    @staticmethod
+    def _parameters(parts):
+        projections = (parts.query, parts.key, parts.value)
+        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
+        return parts, weight.detach(), bias.detach()
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
+        padded = self._embeddings(input_ids=input_ids)
+        indices = attention_mask.flatten().nonzero().squeeze(1)
+        lengths = attention_mask.sum(1, dtype=torch.int32)
+        bounds, longest = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), input_ids.shape[1]
+        rows = padded.flatten(0, 1)[indices]
+        for parts, weight, bias in self._layers:
+            heads = (3, parts.attention.num_attention_heads, parts.attention.attention_head_size)
+            query, key, value = F.linear(rows, weight, bias).view(-1, *heads).unbind(1)
+            context = self._attend(query, key, value, bounds, bounds, longest, longest)
+            rows = parts.attention_norm(parts.attention_output(context.flatten(1)) + rows)
+            rows = parts.output_norm(parts.output(parts.activation(parts.intermediate(rows))) + rows)
+        result = torch.zeros_like(padded)
+        result.view(-1, padded.shape[-1])[indices] = rows
+        return (result,)
+
+
+PEERS = {
+    BASELINE: Peer(functools.partial(_huggingface, attention="sdpa")),
+    "huggingface-eager": Peer(functools.partial(_huggingface, attention="eager")),
+    "huggingface-compile": Peer(functools.partial(_compiled, mode="default"), default=False),
+    "huggingface-compile-max-autotune": Peer(functools.partial(_compiled, mode="max-autotune"), default=False, compiled=True),
+    "huggingface-compile-reduce-overhead": Peer(
+        functools.partial(_compiled, mode="reduce-overhead"), devices=("cuda",), default=False, compiled=True
+    ),
+    "torch-varlen": Peer(
+        _unpadded,
+        needs=("torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
+        devices=("cuda",),
+        trains=False,
+        dtypes=("float16", "bfloat16"),
+    ),
+    "roberta_fast-torch": Peer(functools.partial(_ours, backend="torch"), default=False),
+    OURS: Peer(_ours),
+}
+"""In the order of the table."""
+
+
+def peers_named(text: str | None, device: str) -> list[str]:
+    """The peers that a comma-separated list names, ``"all"``, or None for the default ones there; the baseline comes along.
+
+    Raises ValueError naming one that does not exist.
+    """
+    if text is None:
+        names = [name for name, peer in PEERS.items() if peer.default and device in peer.devices]
+    else:
+        names = list(PEERS) if text == "all" else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not one of {', '.join(PEERS)}")
+    return [name for name in PEERS if name in names or name == BASELINE]

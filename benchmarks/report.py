@@ -1,0 +1,156 @@
+"""Renders ``results/*.json`` into tables, on the terminal and between the README's markers.
+
+``python benchmarks/report.py`` or ``roberta-fast bench --report`` writes the README; with ``--check`` either only says whether it
+is up to date. ``<!-- results:NAME -->`` … ``<!-- /results -->`` in it enclose all tables of the device type NAME, cpu or cuda.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+DEVICES = ("cpu", "cuda")
+LATENCY = "latency"
+
+
+def run(argv: list[str], readme: Path = ROOT / "README.md") -> int:
+    """Writes the README's tables. With ``--check`` only returns 1 where they differ; with ``--merge`` only gathers results."""
+    parser = argparse.ArgumentParser(prog="report.py", description=__doc__.split("\n", 1)[0].replace("`", ""))
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README differs")
+    parser.add_argument("--merge", type=Path, metavar="DIR", help="only put the results in DIR/*.json into the results' folder")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the results' folder (default: benchmarks/results)")
+    args = parser.parse_args(argv)
+    if args.merge:
+        runs = load(args.merge)
+        for run in runs:
+            save(args.results / f"{slug(run['environment'])}.json", [run])
+        print(f"{len(runs)} results are now in {args.results}")
+        return 0
+    text = readme.read_text(encoding="utf-8")
+    rendered = render(text, load(args.results))
+    if args.check:
+        if rendered != text:
+            print(f"{readme} does not show {args.results}: run `roberta-fast bench --report`", file=sys.stderr)
+        return int(rendered != text)
+    readme.write_text(rendered, encoding="utf-8")
+    return 0
+
+
+def save(path: Path, results: list[dict]) -> None:
+    """Writes results to ``path``, in place of those there that measured the same thing; others stay."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    replaced = {key(result) for result in results}
+    runs = [r for r in runs if key(r) not in replaced] + results
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"runs": runs}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def slug(env: dict) -> str:
+    """The file name that a machine's results go by."""
+    name = env["machine"] if env["device"] == "cuda" else f"{env['machine']} {env['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def load(results: Path) -> list[dict]:
+    """All runs of all files in the folder, sorted by file name, in each file's order; other JSON files hold none."""
+    contents = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json")))
+    return [run for content in contents for run in content.get("runs", ())]
+
+
+def render(text: str, runs: list[dict]) -> str:
+    """``text`` with the tables of ``runs`` between its markers. Raises ValueError where no marker or an unknown one is found."""
+    names = [match[2] for match in MARKED.finditer(text)]
+    if not names or set(names) - set(DEVICES):
+        raise ValueError(f"markers must be <!-- results:NAME --> with NAME one of {', '.join(DEVICES)}, got {names}")
+
+    def tables(match):
+        sections = [section(run) for run in runs if run["environment"]["device"] == match[2]]
+        return match[1] + "".join(f"{text}\n\n" for text in sections) + match[3]
+
+    return MARKED.sub(tables, text)
+
+
+def key(run: dict) -> tuple:
+    """What a run measured: a newer one with the same key takes its place."""
+    fields = ("kind", "title", "model", "mode", "dtype", "operation")
+    batches = json.dumps(run.get("batches"), sort_keys=True)
+    return *(run.get(field) for field in fields), batches, run["environment"]["machine"], run["environment"]["threads"]
+
+
+def section(run: dict) -> str:
+    """A run's caption and table."""
+    return encoder_section(run) if run["kind"] == "encoder" else operation_section(run)
+
+
+def encoder_section(run: dict) -> str:
+    """Peers in rows: each batch's speed and ratio, then latency, memory and nearness."""
+    batches = [name for name in run["batches"] if name != LATENCY]
+    peak, latency = run.get("peak_tflops"), LATENCY in run["batches"]
+    head = ["peer"]
+    for name in batches:
+        head += [f"{name}: real tokens/s", "ratio", *(["MFU"] if peak else [])]
+    head += [*(["batch 1: ms"] if latency else []), "peak MiB", "max\\|Δ\\|", "cosine"]
+    lines = []
+    for peer in dict.fromkeys(row["peer"] for row in run["rows"]):
+        rows = {row["batch"]: row for row in run["rows"] if row["peer"] == peer}
+        cells = [f"`{peer}`"]
+        for row in (rows[name] for name in batches):
+            mfu = [f"{row['tflops'] / peak:.0%}"] if peak else []
+            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.2f}", *mfu]
+        cells += [f"{rows[LATENCY]['seconds']['median'] * 1e3:.2f}"] if latency else []
+        first = rows[batches[0]]
+        memory = "–" if first["peak_bytes"] is None else f"{first['peak_bytes'] / 2**20:,.0f}"
+        lines.append([*cells, memory, f"{first['max_abs']:.1e}", f"{first['cosine']:.7f}"])
+    mode = {"eval": "inference", "train": "fine-tuning step, forward and backward"}[run["mode"]]
+    described = "; ".join(f"{name} {_batch(facts)}" for name, facts in run["batches"].items() if name != LATENCY)
+    title = f"**{run['model']}, {mode}, {run['dtype']}**" + (f", {run['title']}" if run.get("title") else "")
+    compared = "gradients" if run["mode"] == "train" else "hidden states"
+    notes = [f"Peak memory, max\\|Δ\\| and cosine ({compared}, against the first row) are those of the {batches[0]} batch."]
+    notes += [f"batch 1: one text of {run['batches'][LATENCY]['seqlen']} tokens."] if latency else []
+    notes += [f"Not measured: `{peer}`, {reason}." for peer, reason in run["absent"].items()]
+    return f"{title} ({described})  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{' '.join(notes)}"
+
+
+def operation_section(run: dict) -> str:
+    """Sizes in rows, contenders in columns, in the unit that the operation is measured in."""
+    contenders = list(dict.fromkeys(record["contender"] for record in run["records"]))
+    rows = {}
+    for record in run["records"]:
+        cell = f"{record['rate']:,.{1 if record['rate'] >= 10 else 3}f}" if "rate" in record else "red"
+        rows.setdefault((record["size"], record["direction"]), {})[record["contender"]] = cell
+    unit = next((record["unit"] for record in run["records"] if "unit" in record), "")
+    lines = [[*size, *(found.get(name, "–") for name in contenders)] for size, found in rows.items()]
+    title = f"**{run['operation']}, {run['dtype']}**, {unit}"
+    return f"{title}  \n{_origin(run['environment'])}\n\n{_table(['size', 'direction', *contenders], lines)}"
+
+
+def _batch(facts):
+    fill = "" if facts["fill"] == 1 else f", {facts['fill']:.0%} real"
+    return f"{facts['batch']}×{facts['seqlen']}{fill}"
+
+
+def _origin(env):
+    versions = ", ".join(f"{name} {env['versions'][name]}" for name in ("torch", "transformers", "roberta_fast"))
+    source = (env["commit"] or "unknown") + (", edited" if env["dirty"] else "")
+    count = f"{env['threads']} thread{'s' * (env['threads'] > 1)}, " if env["device"] == "cpu" else ""
+    return f"{env['machine']}, {count}{versions} (commit {source}), {env['date']}"
+
+
+def _table(head, rows):
+    """A Markdown table with aligned columns, so that a terminal shows it as well."""
+    widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(cells):
+        padded = [str(c).rjust(w) if i else str(c).ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,183 @@
+"""What every peer is measured on: model shapes, batches and GEMM sizes. Nothing here depends on who is measured."""
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_MEDIAN, _SIGMA = 0.37, 0.47
+_POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """An encoder's dimensions. family: ``config.model_type``; positions: longest sequence that it takes."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    positions: int = 512
+
+    def config(self, **overrides):
+        """The Hugging Face config of this shape, every other value as that family's published models have it."""
+        from transformers import BertConfig, RobertaConfig  # not loaded by benchmarks of operations
+
+        common = {
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocabulary,
+        }
+        if self.family == "roberta":
+            positions = self.positions + 2  # two rows stand before the first position
+            return RobertaConfig(**common, max_position_embeddings=positions, type_vocab_size=1, layer_norm_eps=1e-5, **overrides)
+        return BertConfig(**common, max_position_embeddings=self.positions, **overrides)
+
+
+MODELS = {
+    "roberta-base": ModelShape("roberta", 12, 768, 12, 3072, 50265),
+    "roberta-large": ModelShape("roberta", 24, 1024, 16, 4096, 50265),
+    "minilm": ModelShape("bert", 6, 384, 12, 1536, 30522),
+    "tiny": ModelShape("roberta", 2, 64, 4, 256, 1000, positions=128),
+}
+
+
+def build_model(name: str, *, training: bool = False, seed: int = 0):
+    """The stock model on the CPU: for a name of ``MODELS`` with random weights, for a folder with the checkpoint's.
+
+    training: with a two-class head and in training mode, as fine-tuning has it; otherwise the bare encoder in eval mode.
+    Raises ValueError if ``name`` is neither.
+    """
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    kind = AutoModelForSequenceClassification if training else AutoModel
+    head = {"num_labels": 2} if training else {}
+    if name in MODELS:
+        model = kind.from_config(MODELS[name].config(**head))
+    elif Path(name, "config.json").is_file():
+        model = kind.from_pretrained(name, **head)
+    else:
+        raise ValueError(f"{name!r} is neither one of {', '.join(MODELS)} nor a folder with a config.json")
+    return model.train(training)
+
+
+def ragged_lengths(count: int, longest: int = 92, seed: int = 0) -> list[int]:
+    """Lengths of ``count`` sentences, the longest exactly ``longest``, about 40% of the padded batch real (mean 38 of 92).
+
+    A log-normal distribution with median 0.37 * longest and sigma 0.47, cut off at ``longest``: what English sentences
+    in sub-word tokens look like. Taken at ``count`` evenly spaced quantiles, so that every batch has the same mix whatever its
+    size; ``seed`` shuffles their order.
+    """
+    normal = statistics.NormalDist()
+    below_longest = normal.cdf(-math.log(_MEDIAN) / _SIGMA)
+    quantiles = [below_longest * (i + 1) / count for i in range(count)]
+    lengths = [max(2, round(longest * _MEDIAN * math.exp(_SIGMA * normal.inv_cdf(q)))) for q in quantiles]
+    random.Random(seed).shuffle(lengths)
+    return lengths
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch. name: what tables call it. input_ids, attention_mask: int64 [B, S], padded on the right."""
+
+    name: str
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are real."""
+        return int(self.attention_mask.sum())
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.attention_mask.sum(1).tolist()
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The keyword arguments of a model's ``forward``."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def to(self, device: str) -> "Batch":
+        return Batch(self.name, self.input_ids.to(device), self.attention_mask.to(device))
+
+    def facts(self) -> dict:
+        """What a result records of it."""
+        batch, seqlen = self.input_ids.shape
+        tokens = self.tokens
+        return {"batch": batch, "seqlen": seqlen, "tokens": tokens, "fill": round(tokens / (batch * seqlen), 4)}
+
+
+def batch_of(name: str, lengths: Sequence[int], config, seed: int = 0) -> Batch:
+    """A batch of these lengths with random token ids that are no padding. Raises ValueError for a length that does not fit."""
+    limit = longest_sequence(config)
+    if not lengths or min(lengths) < 1 or max(lengths) > limit:
+        raise ValueError(f"lengths must be from 1 to {limit}, which the model takes, got {list(lengths)}")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(min(10, config.vocab_size - 1), config.vocab_size, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return Batch(name, torch.where(mask.bool(), ids, config.pad_token_id or 0), mask)
+
+
+def batch_of_text(name: str, lines: Sequence[str], tokenizer, config) -> Batch:
+    """A batch of these texts as ``tokenizer`` splits them, cut where the model's longest sequence ends."""
+    encoded = tokenizer(list(lines), padding=True, truncation=True, max_length=longest_sequence(config), return_tensors="pt")
+    return Batch(name, encoded["input_ids"], encoded["attention_mask"])
+
+
+def longest_sequence(config) -> int:
+    """How many tokens the model's position table serves; RoBERTa's positions start behind its padding index."""
+    offset = config.pad_token_id + 1 if config.model_type in _POSITIONS_BEHIND_PADDING else 0
+    return config.max_position_embeddings - offset
+
+
+def forward_flops(config, lengths: Sequence[int]) -> int:
+    """Floating-point operations of the encoder's matrix products over the real tokens, multiply and add counted apart."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    linears = (8 * hidden * hidden + 4 * hidden * intermediate) * sum(lengths)
+    attention = 4 * hidden * sum(length * length for length in lengths)
+    return config.num_hidden_layers * (linears + attention)
+
+
+def gemm_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """(N, K) of the four GEMMs of a layer, y[M, N] = x[M, K] Wᵀ."""
+    c, i = shape.hidden, shape.intermediate
+    return {"qkv": (3 * c, c), "attention output": (c, c), "intermediate": (i, c), "output": (c, i)}
+
+
+@dataclass(frozen=True)
+class OperationSizes:
+    """Sizes that the operations are measured at on one kind of device.
+
+    rows: row counts of GEMMs and norms. models: names of ``MODELS`` whose dimensions they take. attention: (segments, length)
+    pairs of dense batches; ragged: (segments, longest) of batches with ``ragged_lengths``. dropouts: attention's probabilities.
+    """
+
+    rows: tuple[int, ...]
+    models: tuple[str, ...]
+    attention: tuple[tuple[int, int], ...]
+    ragged: tuple[tuple[int, int], ...]
+    dropouts: tuple[float, ...] = (0.0,)
+
+
+OPERATION_SIZES = {
+    "cpu": OperationSizes((605,), ("roberta-base", "minilm"), ((8, 256), (32, 64)), ((32, 92),)),
+    "cuda": OperationSizes(
+        (8192, 32768, 65536),
+        ("roberta-base", "roberta-large", "minilm"),
+        ((512, 64), (256, 128), (128, 256), (64, 512)),
+        ((256, 256), (128, 512)),
+        (0.0, 0.1),
+    ),
+    "quick": OperationSizes((32768,), ("roberta-base",), ((256, 128), (64, 512)), ((256, 256),), (0.0, 0.1)),
+    "tiny": OperationSizes((33,), ("tiny",), ((2, 16),), ((3, 20),), (0.0, 0.1)),
+}
+"""By device type; ``"quick"`` for a first look at a GPU, ``"tiny"`` to try every line out anywhere."""

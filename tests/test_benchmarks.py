@@ -1,0 +1,373 @@
+"""The benchmarks measure what they say, on what they say, and print nothing where a result is wrong."""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import roberta_fast
+from roberta_fast import cli
+from roberta_fast.benchmarks import gpu, measure, operations, peers, report, shapes
+from roberta_fast.benchmarks.parity import Gate
+from roberta_fast.report import stock_clone
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--model", "tiny", "--batch-size", "4", "--longest", "20", "--dense", "2x16", "--repeats", "2", "--device", "cpu"]
+OPERATIONS = ("add_layer_norm", "attention", "linear", "linear_gelu", "pack")
+
+
+@pytest.fixture
+def tiny():
+    return shapes.build_model("tiny")
+
+
+def bench(*arguments):
+    return cli.main(["bench", *SMALL, *arguments])
+
+
+class TestShapes:
+    @pytest.mark.parametrize("count", [16, 32, 256])
+    @pytest.mark.parametrize("longest", [92, 512])
+    def test_ragged_lengths_have_the_documented_mix_at_any_size(self, count, longest):
+        lengths = shapes.ragged_lengths(count, longest)
+        assert len(lengths) == count and max(lengths) == longest and min(lengths) >= 2
+        assert 0.39 < sum(lengths) / count / longest < 0.44
+
+    def test_a_seed_changes_the_order_alone(self):
+        first, second = shapes.ragged_lengths(32, seed=0), shapes.ragged_lengths(32, seed=1)
+        assert first != second and sorted(first) == sorted(second) and first == shapes.ragged_lengths(32, seed=0)
+
+    def test_flops_are_those_that_torch_counts(self, tiny):
+        batch = shapes.batch_of("dense", [16] * 3, tiny.config)
+        tiny.set_attn_implementation("eager")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            tiny(**batch.inputs())
+        pooler = 2 * 3 * tiny.config.hidden_size**2
+        assert shapes.forward_flops(tiny.config, batch.lengths) == counter.get_total_flops() - pooler
+
+    def test_padding_never_looks_like_a_token(self, tiny):
+        batch = shapes.batch_of("ragged", [3, 17, 9], tiny.config)
+        assert torch.equal(batch.input_ids != tiny.config.pad_token_id, batch.attention_mask.bool())
+        assert batch.tokens == 29 and batch.facts() == {"batch": 3, "seqlen": 17, "tokens": 29, "fill": 0.5686}
+
+    def test_published_shapes_have_their_published_sizes(self):
+        with torch.device("meta"):
+            sizes = {name: sum(p.numel() for p in shapes.build_model(name).parameters()) for name in shapes.MODELS}
+        assert sizes["roberta-base"] == 124_645_632 and sizes["roberta-large"] == 355_359_744
+        assert sizes["minilm"] == 22_713_216
+
+
+class TestMeasure:
+    def test_peers_run_in_turn_after_a_warm_up(self):
+        calls = []
+        functions = {name: lambda name=name: calls.append(name) for name in "AB"}
+        timings = measure.alternate(functions, 3, measure.host_clock)
+        assert "".join(calls) == "AABB" + "ABABAB" and len(timings["A"].seconds) == 3
+
+    def test_a_drifting_machine_leaves_the_ratio_alone(self):
+        slow, fast = measure.Timing((2.0, 4.0, 8.0)), measure.Timing((1.0, 2.0, 4.0))
+        assert fast.times_faster(slow) == 2.0 and slow.times_faster(slow) == 1.0
+        assert (slow.median, slow.percentile(20), slow.percentile(80)) == (4.0, pytest.approx(2.8), pytest.approx(6.4))
+
+    def test_the_clock_counts_the_call(self):
+        assert 0.02 <= measure.host_clock(lambda: time.sleep(0.02)) < 0.2
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system keeps no mark of the peak")
+    def test_peak_memory_sees_what_a_call_allocated_and_freed(self):
+        def call():
+            torch.ones(48 << 20, dtype=torch.int8)
+            return torch.ones(16 << 20, dtype=torch.int8)
+
+        torch.ones(64 << 20, dtype=torch.int8)  # freed before, hence not counted
+        assert 44 << 20 < measure.peak_memory(call, "cpu") < 60 << 20
+
+    def test_the_record_names_machine_versions_and_commit(self):
+        facts = measure.environment("cpu")
+        assert facts["versions"]["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+        assert facts["machine"] and facts["date"].count("-") == 2
+        assert measure.environment("cpu", commit="abc")["commit"] == "abc"
+
+
+class TestEncoder:
+    def test_end_to_end(self, capsys, tmp_path):
+        path = tmp_path / "results" / "machine.json"
+        assert bench("--train", "--json", str(path)) == 0
+        runs = json.loads(path.read_text())["runs"]
+        assert [run["mode"] for run in runs] == ["eval", "train"]
+        for run in runs:
+            batches = ["ragged", "dense"] + ["latency"] * (run["mode"] == "eval")
+            names = ("huggingface-sdpa", "huggingface-eager", "roberta_fast")
+            assert {(row["batch"], row["peer"]) for row in run["rows"]} == {(b, n) for b in batches for n in names}
+            for row in run["rows"]:
+                assert row["tokens_per_s"] == pytest.approx(run["batches"][row["batch"]]["tokens"] / row["seconds"]["median"])
+                assert row["cosine"] > 0.99999 and row["ratio"] > 0
+        printed = capsys.readouterr().out
+        assert "`roberta_fast`" in printed and "fine-tuning step" in printed and report.encoder_section(runs[0]) in printed
+
+    @pytest.mark.parametrize("mode", [[], ["--train-only"]], ids=["eval", "train"])
+    def test_a_wrong_weight_leaves_no_number(self, capsys, tmp_path, monkeypatch, mode):
+        def build(model):
+            broken = stock_clone(model)
+            weight = next(m for m in broken.modules() if isinstance(m, nn.Linear)).weight
+            weight_copy = nn.Parameter(weight.detach().clone())
+            with torch.no_grad():
+                weight_copy[0, 0] += 0.5
+            next(m for m in broken.modules() if isinstance(m, nn.Linear)).weight = weight_copy
+            return roberta_fast.accelerate_model(broken)
+
+        self.assert_red(build, capsys, tmp_path, monkeypatch, *mode)
+
+    def test_another_activation_leaves_no_number(self, capsys, tmp_path, monkeypatch):
+        def build(model):
+            other = stock_clone(model)
+            for layer in other.encoder.layer:
+                layer.intermediate.intermediate_act_fn = nn.GELU(approximate="tanh")
+            return other
+
+        self.assert_red(build, capsys, tmp_path, monkeypatch)
+
+    def test_a_scaled_gradient_leaves_no_number(self, capsys, tmp_path, monkeypatch):
+        def build(model):
+            return Scaled(stock_clone(model))
+
+        class Scaled(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def forward(self, **batch):
+                return (self.model(**batch)[0] * 1.0001,)
+
+        self.assert_red(build, capsys, tmp_path, monkeypatch, "--train-only")
+
+    @staticmethod
+    def assert_red(build, capsys, tmp_path, monkeypatch, *arguments):
+        monkeypatch.setitem(peers.PEERS, "roberta_fast", dataclasses.replace(peers.PEERS["roberta_fast"], build=build))
+        path = tmp_path / "results.json"
+        assert bench("--json", str(path), *arguments) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and not path.exists()
+        assert "roberta_fast, ragged batch: " in err and "roberta_fast, dense batch: " in err and "huggingface" not in err[60:]
+
+    def test_a_checkpoint_and_its_own_texts(self, capsys, tmp_path, tiny):
+        tokenizers = pytest.importorskip("tokenizers")
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {word: i for i, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "one", "two", "three"])}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>").save_pretrained(tmp_path)
+        tiny.save_pretrained(tmp_path)
+        text, path = tmp_path / "texts.txt", tmp_path / "out.json"
+        text.write_text("one two three\n\ntwo\none one one one one\nthree two\n")
+        assert bench("--model", str(tmp_path), "--text", str(text), "--batch-size", "2", "--json", str(path)) == 0
+        ragged = json.loads(path.read_text())["runs"][0]["batches"]["ragged"]
+        assert ragged == {"batch": 2, "seqlen": 5, "tokens": 8, "fill": 0.8}  # lines 1 and 3 of the four that are not empty
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--model", "robrta"], "argument --model: 'robrta' is neither"),
+            (["--peers", "roberta_fast,onnx"], "argument --peers: 'onnx' is not one of"),
+            (["--lengths", "3,500"], "argument --lengths: lengths must be from 1 to 128"),
+            (["--lengths", "3,x"], "argument --lengths: 'x' is not a whole number"),
+            (["--longest", "129"], "argument --longest: lengths must be from 1 to 128"),
+            (["--dense", "2x129"], "argument --dense: lengths must be from 1 to 128"),
+            (["--dense", "2*8"], "argument --dense: '2*8' is not BxS"),
+            (["--threads", "0"], "argument --threads: '0' is not a whole number from 1 on"),
+            (["--text", "no-such-file"], "argument --text: tiny has random weights and no tokenizer"),
+            (["--text", "a", "--lengths", "3"], "argument --lengths: the texts of --text have lengths of their own"),
+            (["--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_bad_arguments_are_named(self, capsys, arguments, message):
+        with pytest.raises(SystemExit) as exit_:
+            bench(*arguments)
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+    def test_an_absent_peer_says_how_to_get_it(self, capsys, monkeypatch):
+        absent = dataclasses.replace(peers.PEERS["huggingface-eager"], needs=("no_such.runtime", "pip install no-such"))
+        monkeypatch.setitem(peers.PEERS, "huggingface-eager", absent)
+        assert bench() == 0
+        printed = capsys.readouterr().out
+        expected = "Not measured: `huggingface-eager`, no_such.runtime is not installed: pip install no-such."
+        assert expected in printed and printed.count("huggingface-eager") == 1
+
+    def test_the_unpadded_encoder_computes_the_same(self, tiny):
+        def attend(query, key, value, bounds, _, longest, __):
+            split = [t.transpose(0, 1)[None] for t in (query, key, value)]
+            segments = itertools.pairwise(bounds)
+            parts = (nn.functional.scaled_dot_product_attention(*(t[:, :, a:b] for t in split)) for a, b in segments)
+            return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+        batch = shapes.batch_of("ragged", [3, 17, 9], tiny.config)
+        gate = Gate(tiny, peers.PEERS[peers.BASELINE].build(tiny), batch)
+        gate.check(torch.no_grad()(peers.UnpaddedEncoder(tiny, attend)))
+
+
+class TestOperations:
+    @pytest.mark.parametrize("name", OPERATIONS)
+    def test_every_contender_passes_and_is_measured(self, name):
+        module = importlib.import_module(f"roberta_fast.benchmarks.bench_{name}")
+        cases = list(module.cases("cpu", shapes.OPERATION_SIZES["tiny"]))
+        assert {case.direction for case in cases} == {"forward", "backward"}
+        for record in operations.measure_case(cases[0], 1) + operations.measure_case(cases[1], 1):
+            assert record.get("rate", 0) > 0, record
+
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_a_wrong_contender_has_no_number(self, direction):
+        module = importlib.import_module("roberta_fast.benchmarks.bench_linear_gelu")
+        case = next(c for c in module.cases("cpu", shapes.OPERATION_SIZES["tiny"]) if c.direction == direction)
+        tanh = operations.Contender(lambda *x: nn.functional.gelu(nn.functional.linear(*x), approximate="tanh"))
+        case = dataclasses.replace(case, contenders={**case.contenders, "torch tanh": tanh})
+        records = {record["contender"]: record for record in operations.measure_case(case, 1)}
+        assert "rate" in records["torch"] and "red" not in records["torch"]
+        assert "rate" not in records["torch tanh"] and "exceeds" in records["torch tanh"]["red"]
+
+    def test_a_contender_is_checked_in_its_own_layout(self):
+        module = importlib.import_module("roberta_fast.benchmarks.bench_attention")
+        case = next(c for c in module.cases("cpu", shapes.OPERATION_SIZES["tiny"]) if "ragged" in c.size).verify_at
+        padded = case.contenders["torch sdpa"]
+        leaky = dataclasses.replace(padded, run=nn.functional.scaled_dot_product_attention)  # sees the padding
+        contest = operations.Contest(dataclasses.replace(case, contenders={"torch sdpa": padded, "torch leaky": leaky}))
+        contest.verify("torch sdpa")
+        with pytest.raises(AssertionError, match="exceeds"):
+            contest.verify("torch leaky")
+
+
+def settings(out, **changes):
+    values = {"venv": out / "none", "results": out / "results", "device": "cpu", "tiny": True, "quick": False, "commit": None}
+    return gpu.Settings(out=out, **{**values, **changes})
+
+
+def left_by_tests(out, **changes):
+    outcome = {"red": {}, "passed": 3, "skipped": 0, "sources": gpu.digest()}
+    (out / "tests.json").write_text(json.dumps({**outcome, **changes}))
+
+
+class TestGpu:
+    def test_red_tests_stop_their_operation_and_every_encoder(self, tmp_path):
+        here = settings(tmp_path)
+        stages = gpu.all_stages(here)
+        left_by_tests(tmp_path, red={"attention": "test_forward: 1 exceeds 0"})
+        assert gpu.red_reason(here, stages["attention"], False) == "attention is red, test_forward: 1 exceeds 0"
+        assert gpu.red_reason(here, stages["tiny-eval"], False).startswith("attention is red")
+        assert gpu.red_reason(here, stages["pack"], False) is None and gpu.red_reason(here, stages["limits"], False) is None
+
+    def test_tests_of_other_sources_do_not_count(self, tmp_path):
+        here = settings(tmp_path)
+        stage = gpu.all_stages(here)["pack"]
+        assert "have not run" in gpu.red_reason(here, stage, False)
+        left_by_tests(tmp_path, sources="other")
+        assert "have not run" in gpu.red_reason(here, stage, False) and gpu.red_reason(here, stage, True) is None
+
+    def test_no_gpu_test_is_no_green_gate(self, tmp_path):
+        here = settings(tmp_path, device="cuda")
+        left_by_tests(tmp_path, passed=0)
+        assert gpu.red_reason(here, gpu.all_stages(here)["pack"], False) == "no test ran"
+
+    def test_junit_is_read(self, tmp_path):
+        path = tmp_path / "tests.xml"
+        cases = '<testcase name="a"/><testcase name="b"><skipped/></testcase>'
+        path.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+        assert gpu.read_junit(path) == (None, 1, 1)
+        broken = '<testcase name="c"><failure message="1 exceeds 0&#10;more"/></testcase>'
+        path.write_text(f"<testsuites><testsuite>{cases}{broken}</testsuite></testsuites>")
+        assert gpu.read_junit(path) == ("c: 1 exceeds 0", 1, 1)
+
+    def test_a_stage_out_of_time_is_stopped(self, tmp_path):
+        stage = gpu.Stage(gpu.merge, limit=1, name="sleeper")
+        start = time.monotonic()
+        assert gpu.call(settings(tmp_path), stage, sys.executable, "-c", "import time; time.sleep(60)") == gpu.OUT_OF_TIME
+        assert time.monotonic() - start < 10
+
+    def test_dry_run_in_short(self, tmp_path):
+        left_by_tests(tmp_path)
+        done = self.dry_run(tmp_path, "--stages", "limits,merge")
+        assert done.returncode == 0, done.stdout
+        (results,) = (tmp_path / "results").glob("*.json")
+        assert [run["operation"] for run in json.loads(results.read_text())["runs"]] == ["limits"]
+
+    def test_a_stage_that_does_not_exist_is_named(self, tmp_path):
+        done = self.dry_run(tmp_path, "--stages", "limits,attentoin")
+        assert done.returncode == 1 and "argument --stages: 'attentoin' is not one of install" in done.stderr
+
+    @pytest.mark.slow
+    def test_dry_run_in_full(self, tmp_path):
+        done = self.dry_run(tmp_path, "--venv", str(tmp_path / "venv"))
+        assert done.returncode == 0 and done.stdout.endswith("all done\n"), done.stdout
+        (results,) = (tmp_path / "results").glob("*.json")
+        kinds = [(run["kind"], run.get("operation", run.get("mode"))) for run in json.loads(results.read_text())["runs"]]
+        wanted = [("operation", name) for name in ("limits", *OPERATIONS)] + [("encoder", "eval"), ("encoder", "train")]
+        assert sorted(kinds) == sorted(wanted)
+
+    @staticmethod
+    def dry_run(out, *arguments):
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(out), "--device", "cpu", "--tiny"]
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("results") / "machine.json"
+    assert bench("--peers", "roberta_fast", "--json", str(path)) == 0
+    return path
+
+
+class TestReport:
+    README = "# Title\n\n<!-- results:cpu -->\nold\n<!-- /results -->\n\nText\n<!-- results:cuda -->\n<!-- /results -->\n"
+
+    def check(self, readme, results):
+        return report.run(["--check", "--results", str(results)], readme=readme)
+
+    def test_tables_stand_between_the_markers_and_drift_is_seen(self, tmp_path, results, capsys):
+        readme = tmp_path / "README.md"
+        readme.write_text(self.README)
+        assert self.check(readme, results.parent) == 1 and "does not show" in capsys.readouterr().err
+        assert report.run(["--results", str(results.parent)], readme=readme) == 0
+        text = readme.read_text()
+        (run,) = report.load(results.parent)
+        assert report.section(run) in text and "old" not in text and text.startswith("# Title\n\n<!-- results:cpu -->\n**tiny")
+        assert text.endswith("Text\n<!-- results:cuda -->\n<!-- /results -->\n")
+        assert self.check(readme, results.parent) == 0
+        row = run["rows"][0]
+        row["tokens_per_s"] *= 1.5
+        changed = tmp_path / "changed"
+        report.save(changed / "machine.json", [run])
+        assert self.check(readme, changed) == 1
+
+    def test_what_is_not_marked_is_refused(self):
+        for text in ("no marker", "<!-- results:tpu -->\n<!-- /results -->"):
+            with pytest.raises(ValueError, match="markers must be"):
+                report.render(text, [])
+
+    def test_a_newer_result_replaces_its_elder_alone(self, tmp_path, results):
+        (run,) = report.load(results.parent)
+        path = tmp_path / "machine.json"
+        newer = {**run, "environment": {**run["environment"], "date": "2999-01-01"}}
+        report.save(path, [run, {**run, "mode": "train"}, {**run, "title": "other"}])
+        report.save(path, [newer])
+        assert [(r["mode"], r["title"], r["environment"]["date"][:4] == "2999") for r in report.load(tmp_path)] == [
+            ("train", None, False),
+            ("eval", "other", False),
+            ("eval", None, True),
+        ]
+
+    def test_origin_names_machine_versions_commit_and_date(self, results):
+        (run,) = report.load(results.parent)
+        env, text = run["environment"], report.section(run)
+        for part in (env["machine"], f"torch {torch.__version__}", f"commit {env['commit'] or 'unknown'}", env["date"]):
+            assert part in text
+
+    def test_the_readme_shows_the_results(self):
+        assert report.run(["--check"]) == 0
