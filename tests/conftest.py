@@ -1,12 +1,39 @@
 """Where no CUDA device is, Triton's kernels run in its interpreter; it must be chosen before they are imported."""
 
 import os
+from typing import NamedTuple
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+class Backend(NamedTuple):
+    """A backend of the dispatcher and the type of the device that it is tested on."""
+
+    name: str
+    device: str
+
+
+@pytest.fixture
+def triton_device():
+    """Where Triton's kernels run: on the GPU, or in the interpreter on CPU tensors."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["triton", "cpp"])
+def backend(request, triton_device):
+    """Every backend that has kernels of its own, one test each."""
+    if request.param == "triton":
+        return Backend("triton", triton_device)
+    from roberta_fast import dispatch
+
+    reason = dispatch.load_cpp()
+    if reason is not None:
+        pytest.skip(reason)
+    return Backend("cpp", "cpu")
 
 
 def pytest_addoption(parser):
