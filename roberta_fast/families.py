@@ -154,6 +154,7 @@ def family_of_encoder(module: nn.Module) -> Family | None:
 
 def family_of_layer(layer: nn.Module) -> Family:
     """The family of a stock or fast ``layer``. Raises ValueError naming its class if no supported family has it."""
+    layer = unwrapped(layer)
     family = getattr(type(layer), "family", None)
     family = family or _STOCK_CLASSES.get(("layer", type(layer).__module__, type(layer).__name__))
     if family is None:
@@ -161,6 +162,15 @@ def family_of_layer(layer: nn.Module) -> Family:
     return family
 
 
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """The layer inside the wrappers of FSDP, activation checkpointing and ``torch.compile``."""
+    for name in _WRAPPED:
+        if name in layer._modules:
+            return unwrapped(layer._modules[name])
+    return layer
+
+
+_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _STOCK_CLASSES = {
     (role, f"transformers.models.{family.module}", getattr(family, role)): family
     for family in FAMILIES
@@ -169,8 +179,8 @@ _STOCK_CLASSES = {
 
 
 def layer_parts(layer: nn.Module) -> LayerParts:
-    """The parts of a stock or fast ``layer``."""
-    return family_of_layer(layer).parts(layer)
+    """The parts of a stock or fast ``layer``, wrapped or not."""
+    return family_of_layer(layer).parts(unwrapped(layer))
 
 
 _GELU_FORMS = {

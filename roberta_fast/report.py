@@ -10,7 +10,7 @@ from torch import nn
 from roberta_fast import dispatch
 from roberta_fast.accelerate import fast_encoders, restore_model
 from roberta_fast.encoder import encoder_objection, layer_objection
-from roberta_fast.families import gelu_form, is_plain, layer_parts
+from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
 from roberta_fast.ops.registration import facts_of
 
 
@@ -46,7 +46,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises ValueError where ``model`` is not accelerated.
     """
     encoders = _accelerated(model)
-    layers = [layer for encoder in encoders for layer in encoder.layer]
+    layers = [unwrapped(layer) for encoder in encoders for layer in encoder.layer]
     weight = next(encoders[0].parameters())
     head_dim = layer_parts(layers[0]).attention.attention_head_size
     facts, requested = facts_of(weight, head_dim=head_dim), encoders[0].fast_options.backend
