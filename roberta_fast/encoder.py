@@ -17,7 +17,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEncoder as Stock
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from roberta_fast import attention_name, ops
+from roberta_fast import ops, padding_mask
 from roberta_fast.families import (
     FAMILIES,
     Family,
@@ -28,6 +28,7 @@ from roberta_fast.families import (
     gelu_form,
     is_plain,
     layer_parts,
+    unwrapped,
 )
 from roberta_fast.ops import dropout
 from roberta_fast.options import FastOptions
@@ -74,7 +75,7 @@ class FastLayer:
 
     def _stock_block(self, hidden_states, batch):
         padded = hidden_states if hidden_states.dim() == 3 else batch.unpack(hidden_states)
-        padded = super().forward(padded, attention_name.stock_mask(layer_parts(self).attention, batch.mask, padded))
+        padded = super().forward(padded, padding_mask.stock_mask(layer_parts(self).attention, batch.mask, padded))
         return padded if hidden_states.dim() == 3 else batch.pack(padded)
 
 
@@ -143,13 +144,17 @@ class FastEncoder:
         hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, or None. Any 4D mask, decoder
         mode, a cache, cross-attention or requested attentions take the stock path.
         """
-        mask = _as_padding_mask(attention_mask)
+        mask = padding_mask.padding_of(attention_mask)
         collected = _active_collector.get() or ()
-        reason = encoder_objection(self) or _call_objection(mask, encoder_hidden_states, past_key_values, collected)
+        reason = (
+            encoder_objection(self)
+            or _call_objection(encoder_hidden_states, past_key_values, collected)
+            or _mask_objection(mask, _config_of(self))
+        )
         if reason:
             self._report(reason)
-            if mask is not None and mask.dim() == 2:
-                attention_mask = attention_name.stock_mask(layer_parts(self.layer[0]).attention, mask, hidden_states)
+            if isinstance(mask, torch.Tensor) and mask.shape == hidden_states.shape[:2]:
+                attention_mask = padding_mask.stock_mask(layer_parts(self.layer[0]).attention, mask, hidden_states)
             decoding = {
                 "encoder_hidden_states": encoder_hidden_states,
                 "encoder_attention_mask": encoder_attention_mask,
@@ -189,7 +194,7 @@ def _config_of(encoder):
     return encoder.config if hasattr(encoder, "config") else layer_parts(encoder.layer[0]).attention.config
 
 
-def _call_objection(mask, encoder_hidden_states, past_key_values, collected):
+def _call_objection(encoder_hidden_states, past_key_values, collected):
     """Why this call takes the stock path, or None."""
     if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
         return "a torch.func transform or forward-mode differentiation"
@@ -199,16 +204,16 @@ def _call_objection(mask, encoder_hidden_states, past_key_values, collected):
         return "a key-value cache"
     if "attentions" in collected or "cross_attentions" in collected:
         return "attentions are requested"
-    if mask is not None and mask.dim() != 2:
-        return f"a {mask.dim()}D attention mask"
     return None
 
 
-def _as_padding_mask(mask):
-    """A bool mask [B, 1, 1, S] says the same as its [B, S] form; others are returned as they are."""
-    if mask is not None and mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
-        return mask[:, 0, 0]
-    return mask
+def _mask_objection(mask, config):
+    """Why this mask takes the stock path, or None."""
+    if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        return None
+    if not padding_mask.is_marked(config):
+        return f"the attention implementation was set to {config._attn_implementation!r} after acceleration"
+    return f"a {mask.dim()}D attention mask" if isinstance(mask, torch.Tensor) else f"a mask of type {type(mask).__name__}"
 
 
 def _foreign_hooks(module: nn.Module) -> list:
@@ -224,7 +229,8 @@ def _is_watched(layer: nn.Module) -> bool:
 
     Hooks that only manage parameters, as those of FSDP, do not look.
     """
-    return any(not getattr(hook, "__module__", "").startswith("torch.distributed") for hook in _foreign_hooks(layer))
+    hooks = [hook for module in dict.fromkeys((layer, unwrapped(layer))) for hook in _foreign_hooks(module)]
+    return any(not getattr(hook, "__module__", "").startswith("torch.distributed") for hook in hooks)
 
 
 class FastRobertaEncoder(FastEncoder, StockRobertaEncoder):
@@ -244,7 +250,7 @@ class FastRobertaEncoder(FastEncoder, StockRobertaEncoder):
     def from_hf(cls, encoder: nn.Module, options: FastOptions | None = None) -> "FastRobertaEncoder":
         """A fast encoder around the layer objects of a stock ``encoder``, so that parameters and hooks are shared.
 
-        Switches the shared config to the attention name ``"roberta_fast"``, by which the padding mask arrives unexpanded.
+        Marks the attention implementation in the shared config, by which the padding mask arrives unexpanded.
         Raises ValueError if ``encoder`` is no encoder of a supported family.
         """
         family = encoder.family if isinstance(encoder, FastEncoder) else family_of_encoder(encoder)
@@ -269,10 +275,11 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
     """
     encoder.fast_options = options
     encoder.stock_calls = {}
-    for layer, layer_class in zip(encoder.layer, layer_classes(encoder), strict=True):
-        layer.__class__ = layer_class
+    for layer, layer_class in zip(map(unwrapped, encoder.layer), layer_classes(encoder), strict=True):
+        if not isinstance(layer, FastLayer):
+            layer.__class__ = layer_class
     if encoder_objection(encoder) is None:
-        attention_name.switch_on((*_attentions(encoder), *owners))
+        padding_mask.mark((*_attentions(encoder), *owners))
 
 
 def layer_classes(encoder: nn.Module) -> list[type[nn.Module]]:
@@ -281,9 +288,13 @@ def layer_classes(encoder: nn.Module) -> list[type[nn.Module]]:
 
 
 def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
-    """Undoes ``make_fast`` and the change of class."""
-    attention_name.switch_off((*_attentions(encoder), *owners))
-    for layer in encoder.layer:
+    """Undoes ``make_fast`` and the change of class. Raises ValueError where FSDP has changed a class since."""
+    layers = [unwrapped(layer) for layer in encoder.layer]
+    for module in (encoder, *layers):
+        if any(c.__module__.startswith("torch.distributed") for c in type(module).__mro__):
+            raise ValueError(f"a sharded module cannot be made stock again: {type(module).__name__}")
+    padding_mask.unmark((*_attentions(encoder), *owners))
+    for layer in layers:
         layer.__class__ = layer.stock
     stock = encoder.stock
     for name in ("fast_options", "stock_calls", "family", "stock"):
