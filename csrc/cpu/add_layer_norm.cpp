@@ -32,7 +32,7 @@ struct Backward {
   const float* rstd;
   float* dz;
   float* dx;        // null where nothing was dropped
-  float* partials;  // [chunks, 2, hidden]: each chunk's sums for dweight and dbias
+  float* partials;  // [chunks, 2 * hidden]: each chunk's sums for dweight and dbias
   int64_t stride_dy, stride_x, stride_residual, hidden, rows, chunk_rows;
   Dropout dropout;
 };
@@ -66,20 +66,20 @@ ALWAYS_INLINE void forward_rows(const Forward& p, int64_t begin, int64_t end) {
     draw_row<Isa>(p.dropout, row, p.hidden, draws);
     // y holds z until the statistics are known; a row stays in the first-level cache between the passes.
     float* y = p.y + row * p.hidden;
-    Floats<Isa> sums[2] = {};
+    Floats<Isa> total = {};
     for (int64_t c = 0; c < p.hidden; c += W) {
       const Floats<Isa> z = pre_norm<Isa>(p, row, c, p.hidden - c, draws.data());
       store_first(y + c, z, p.hidden - c);
-      sums[c / W % 2] += z;
+      total += z;
     }
-    const float mean = sum<Isa>(sums[0] + sums[1]) / p.hidden;
-    Floats<Isa> squares[2] = {};
+    const float mean = sum<Isa>(total) / p.hidden;
+    Floats<Isa> squares = {};
     int64_t c = 0;
     for (; c + W <= p.hidden; c += W) {
       const Floats<Isa> centred = load<Floats<Isa>>(y + c) - mean;
-      squares[c / W % 2] += centred * centred;
+      squares += centred * centred;
     }
-    float square_sum = sum<Isa>(squares[0] + squares[1]);
+    float square_sum = sum<Isa>(squares);
     for (; c < p.hidden; ++c) square_sum += (y[c] - mean) * (y[c] - mean);
     const float rstd = static_cast<float>(1.0 / std::sqrt(square_sum / static_cast<double>(p.hidden) + p.eps));
     for (c = 0; c < p.hidden; c += W) {
@@ -132,24 +132,6 @@ ALWAYS_INLINE void backward_chunks(const Backward& p, int64_t begin, int64_t end
 }
 ROBERTA_FAST_KERNEL(backward_chunks, Backward)
 
-// Columns begin … end of sums [2 * hidden] over the chunks, in their order.
-struct Reduction {
-  const float* partials;
-  float* sums;
-  int64_t chunks, columns;
-};
-
-template <class Isa>
-ALWAYS_INLINE void reduce_columns(const Reduction& p, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end; c += Isa::WIDTH) {
-    Floats<Isa> total = {};
-    for (int64_t chunk = 0; chunk < p.chunks; ++chunk)
-      total += load_first<Floats<Isa>>(p.partials + chunk * p.columns + c, end - c);
-    store_first(p.sums + c, total, end - c);
-  }
-}
-ROBERTA_FAST_KERNEL(reduce_columns, Reduction)
-
 // About 32k elements a task: less does not repay waking a thread.
 int64_t rows_per_task(int64_t hidden) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, hidden)); }
 
@@ -161,16 +143,18 @@ std::optional<at::Tensor> checked_residual(const std::optional<at::Tensor>& resi
   return as_float(*residual);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd(
-    const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight, const at::Tensor& bias,
-    double eps, double dropout_p, const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& count) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                                                                  const at::Tensor& weight, const at::Tensor& bias, double eps,
+                                                                  double dropout_p, const std::optional<at::Tensor>& seed,
+                                                                  const std::optional<at::Tensor>& count) {
   check_float(x, "x", 2);
   const int64_t n = x.size(0), hidden = x.size(1);
   check_shape(weight, "weight", {hidden});
   check_shape(bias, "bias", {hidden});
   const at::Tensor rows = with_unit_stride(x), scale = as_float(weight), shift = as_float(bias);
   const std::optional<at::Tensor> added = checked_residual(residual, x);
-  const at::Tensor y = at::empty({n, hidden}, x.options()), mean = at::empty({n}, x.options()), rstd = at::empty({n}, x.options());
+  const at::Tensor y = at::empty({n, hidden}, x.options()), mean = at::empty({n}, x.options()),
+                   rstd = at::empty({n}, x.options());
   const Forward params{rows.const_data_ptr<float>(),
                        added ? added->const_data_ptr<float>() : nullptr,
                        scale.const_data_ptr<float>(),
@@ -188,10 +172,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd(
   return {residual ? y.to(residual->scalar_type()) : y, mean, rstd};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(
-    const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight,
-    const at::Tensor& mean, const at::Tensor& rstd, double dropout_p, const std::optional<at::Tensor>& seed,
-    const std::optional<at::Tensor>& count) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(const at::Tensor& dy, const at::Tensor& x,
+                                                                              const std::optional<at::Tensor>& residual,
+                                                                              const at::Tensor& weight, const at::Tensor& mean,
+                                                                              const at::Tensor& rstd, double dropout_p,
+                                                                              const std::optional<at::Tensor>& seed,
+                                                                              const std::optional<at::Tensor>& count) {
   check_float(x, "x", 2);
   const int64_t n = x.size(0), hidden = x.size(1);
   check_shape(dy, "dy", x.sizes());
@@ -204,10 +190,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(
   const at::Tensor means = mean.contiguous(), rstds = rstd.contiguous();
   const std::optional<at::Tensor> added = checked_residual(residual, x);
   const int64_t real = real_rows(count, n);
-  const int64_t chunk_rows = std::max<int64_t>(16, (real + 63) / 64), chunks = (real + chunk_rows - 1) / chunk_rows;
+  const RowChunks chunks(real);
   const at::Tensor dz = at::empty({n, hidden}, x.options());
   const at::Tensor dx = dropout_p != 0.0 ? at::empty({n, hidden}, x.options()) : at::empty({0}, x.options());
-  const at::Tensor partials = at::zeros({chunks, 2, hidden}, x.options()), sums = at::empty({2, hidden}, x.options());
+  const at::Tensor partials = at::zeros({chunks.number, 2 * hidden}, x.options());
   const Backward params{gradient.const_data_ptr<float>(),
                         rows.const_data_ptr<float>(),
                         added ? added->const_data_ptr<float>() : nullptr,
@@ -222,14 +208,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(
                         added ? added->stride(0) : 0,
                         hidden,
                         real,
-                        chunk_rows,
+                        chunks.rows,
                         make_dropout(dropout_p, seed)};
-  at::parallel_for(0, chunks, std::max<int64_t>(1, rows_per_task(hidden) / chunk_rows),
+  at::parallel_for(0, chunks.number, std::max<int64_t>(1, rows_per_task(hidden) / chunks.rows),
                    [&](int64_t begin, int64_t end) { backward_chunks_for_cpu(params, begin, end); });
-  const Reduction reduction{partials.const_data_ptr<float>(), sums.mutable_data_ptr<float>(), chunks, 2 * hidden};
-  reduce_columns_for_cpu(reduction, 0, 2 * hidden);
-  return {residual ? dz.to(residual->scalar_type()) : dz, dx, sums[0].to(weight.scalar_type(), false, true),
-          sums[1].to(weight.scalar_type(), false, true)};
+  const at::Tensor sums = column_sums(partials).to(weight.scalar_type());
+  // Copies: results of an operator may not share memory.
+  return {residual ? dz.to(residual->scalar_type()) : dz, dx, sums.narrow(0, 0, hidden).clone(),
+          sums.narrow(0, hidden, hidden).clone()};
 }
 
 }  // namespace

@@ -22,9 +22,7 @@ inline void check_shape(const at::Tensor& t, const char* name, at::IntArrayRef s
 }
 
 // The tensor with unit stride in its last dimension; a copy only where it has another.
-inline at::Tensor with_unit_stride(const at::Tensor& t) {
-  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
-}
+inline at::Tensor with_unit_stride(const at::Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 // Rows that may be read: all n, or as many as count says.
 inline int64_t real_rows(const std::optional<at::Tensor>& count, int64_t n) {
@@ -33,6 +31,15 @@ inline int64_t real_rows(const std::optional<at::Tensor>& count, int64_t n) {
                     "count must be int32 [1] on the CPU, got ", count->scalar_type(), " ", count->sizes());
   return std::clamp<int64_t>(*count->const_data_ptr<int32_t>(), 0, n);
 }
+
+// A division of rows that depends on their number alone: at most 64 chunks of at least 16 rows.
+struct RowChunks {
+  int64_t rows, number;
+  explicit RowChunks(int64_t n) : rows(std::max<int64_t>(16, (n + 63) / 64)), number((n + rows - 1) / rows) {}
+};
+
+// The sum over the rows of partials [chunks, columns], in their order.
+at::Tensor column_sums(const at::Tensor& partials);
 
 inline Dropout make_dropout(double p, const std::optional<at::Tensor>& seed) {
   if (p == 0.0) return {};

@@ -15,9 +15,7 @@ constexpr int64_t TASK_BYTES = 65536;  // less does not repay waking a thread
 int64_t items_per_task(int64_t bytes_per_item) { return std::max<int64_t>(1, TASK_BYTES / std::max<int64_t>(1, bytes_per_item)); }
 
 // The mask as bytes that are zero at padding.
-at::Tensor mask_bytes(const at::Tensor& mask) {
-  return (mask.scalar_type() == at::kBool ? mask : mask.ne(0)).contiguous();
-}
+at::Tensor mask_bytes(const at::Tensor& mask) { return (mask.scalar_type() == at::kBool ? mask : mask.ne(0)).contiguous(); }
 
 void check_indices(const at::Tensor& indices) {
   TORCH_CHECK_VALUE(indices.device().is_cpu() && indices.scalar_type() == at::kLong && indices.dim() == 1,

@@ -74,7 +74,8 @@ ALWAYS_INLINE Vector load_first(const Element* p, int64_t n) {
 template <class Vector, class Element>
 ALWAYS_INLINE void store_first(Element* p, const Vector& v, int64_t n) {
   if (n >= static_cast<int64_t>(sizeof(Vector) / sizeof(Element))) return store(p, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+  const Vector in_memory = v;  // only this copy, so that v itself stays in a register
+  for (int64_t i = 0; i < n; ++i) p[i] = in_memory[i];
 }
 
 template <class Vector, class Element>
@@ -121,27 +122,26 @@ ALWAYS_INLINE float sum(const Floats<Isa>& v) {
 
 }  // namespace roberta_fast
 
-// Defines <kernel>_for_cpu(const Params&, begin, end), which runs kernel<Isa>(params, begin, end) for the active set.
 #if ROBERTA_FAST_X86
 #define ROBERTA_FAST_AVX2 "avx2,fma,bmi,bmi2,lzcnt,f16c,popcnt"
-#define ROBERTA_FAST_KERNEL(kernel, Params)                                                                        \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl," ROBERTA_FAST_AVX2))) static void kernel##_avx512(    \
-      const Params& params, int64_t begin, int64_t end) {                                                          \
-    kernel<Avx512>(params, begin, end);                                                                            \
-  }                                                                                                                \
-  __attribute__((target(ROBERTA_FAST_AVX2))) static void kernel##_avx2(const Params& params, int64_t begin,        \
-                                                                       int64_t end) {                              \
-    kernel<Avx2>(params, begin, end);                                                                              \
-  }                                                                                                                \
-  static void kernel##_for_cpu(const Params& params, int64_t begin, int64_t end) {                                 \
-    const Level level = active_level();                                                                            \
-    if (level == Level::avx512) return kernel##_avx512(params, begin, end);                                        \
-    if (level == Level::avx2) return kernel##_avx2(params, begin, end);                                            \
-    kernel<Baseline>(params, begin, end);                                                                          \
+#define TARGET_AVX2 __attribute__((target(ROBERTA_FAST_AVX2)))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl," ROBERTA_FAST_AVX2)))
+#endif
+
+// Defines <kernel>_for_cpu(const Params&, begin, end), which runs kernel<Isa>(params, begin, end) for the active set.
+#if ROBERTA_FAST_X86
+#define ROBERTA_FAST_KERNEL(kernel, Params)                                                                                     \
+  TARGET_AVX512 static void kernel##_avx512(const Params& params, int64_t begin, int64_t end) {                                 \
+    kernel<Avx512>(params, begin, end);                                                                                         \
+  }                                                                                                                             \
+  TARGET_AVX2 static void kernel##_avx2(const Params& params, int64_t begin, int64_t end) { kernel<Avx2>(params, begin, end); } \
+  static void kernel##_for_cpu(const Params& params, int64_t begin, int64_t end) {                                              \
+    const Level level = active_level();                                                                                         \
+    if (level == Level::avx512) return kernel##_avx512(params, begin, end);                                                     \
+    if (level == Level::avx2) return kernel##_avx2(params, begin, end);                                                         \
+    kernel<Baseline>(params, begin, end);                                                                                       \
   }
 #else
-#define ROBERTA_FAST_KERNEL(kernel, Params)                                                \
-  static void kernel##_for_cpu(const Params& params, int64_t begin, int64_t end) {         \
-    kernel<Baseline>(params, begin, end);                                                  \
-  }
+#define ROBERTA_FAST_KERNEL(kernel, Params) \
+  static void kernel##_for_cpu(const Params& params, int64_t begin, int64_t end) { kernel<Baseline>(params, begin, end); }
 #endif

@@ -1,0 +1,213 @@
+// out = dropout(softmax(Q K^T * scale)) V of packed segments; contract in roberta_fast/ops/attention.py.
+// Softmax over blocks of keys with a running maximum: Milakov and Gimelshein 2018; Dao et al. 2022.
+#include "attention.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <numeric>
+
+namespace roberta_fast {
+
+void check_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
+  check_float(query, "query", 3);
+  check_float(key, "key", 3);
+  check_float(value, "value", 3);
+  check_shape(key, "key", {key.size(0), query.size(1), query.size(2)});
+  check_shape(value, "value", key.sizes());
+}
+
+std::vector<Segment> make_segments(const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                   const std::optional<at::Tensor>& query_only, int64_t rows_q, int64_t rows_k) {
+  const auto bounds = [](const at::Tensor& t, const char* name, int64_t rows) {
+    TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kInt && t.dim() == 1 && t.size(0) >= 1, name,
+                      " must be int32 [B + 1] on the CPU, got ", t.scalar_type(), " ", t.sizes());
+    const at::Tensor dense = t.contiguous();
+    const int32_t* p = dense.const_data_ptr<int32_t>();
+    const std::vector<int64_t> values(p, p + dense.size(0));
+    TORCH_CHECK_VALUE(values[0] == 0 && std::is_sorted(values.begin(), values.end()) && values.back() <= rows, name,
+                      " must ascend from 0 to at most ", rows);
+    return values;
+  };
+  const std::vector<int64_t> q = bounds(cu_seqlens_q, "cu_seqlens_q", rows_q), k = bounds(cu_seqlens_k, "cu_seqlens_k", rows_k);
+  const int64_t batch = static_cast<int64_t>(q.size()) - 1;
+  TORCH_CHECK_VALUE(k.size() == q.size(), "cu_seqlens_k must have ", q.size(), " entries, got ", k.size());
+  std::vector<int64_t> skipped(batch, 0);
+  if (query_only.has_value()) {
+    TORCH_CHECK_VALUE(query_only->scalar_type() == at::kInt && query_only->numel() == batch, "query_only must be int32 [", batch,
+                      "], got ", query_only->scalar_type(), " ", query_only->sizes());
+    const at::Tensor dense = query_only->contiguous();
+    std::copy_n(dense.const_data_ptr<int32_t>(), batch, skipped.begin());
+  }
+  std::vector<Segment> segments;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t keys = k[b + 1] - k[b], hidden = std::clamp<int64_t>(skipped[b], 0, keys);
+    segments.push_back({b, q[b], q[b + 1] - q[b], k[b] + hidden, keys - hidden, hidden});
+  }
+  std::stable_sort(segments.begin(), segments.end(),
+                   [](const Segment& a, const Segment& b) { return a.queries * a.keys > b.queries * b.keys; });
+  return segments;
+}
+
+namespace {
+
+// The queries of a head and a segment from first on, a block of them.
+struct Task {
+  const Segment* segment;
+  int64_t head, first;
+};
+
+struct Forward {
+  Packed<const float> query, key, value;
+  Packed<float> out;
+  float* lse;  // [H, Nq]
+  int64_t rows;
+  Shape shape;
+  const Task* tasks;
+  float* scratch;
+};
+
+int64_t forward_scratch(int64_t head_dim) { return BLOCK * (BLOCK + 3 * padded(head_dim) + 3); }
+
+// Turns a block of transposed scores into weights against the new running maximum, for the queries of one vector of lanes.
+// Updates maximum and sum; returns the factor that brings what was summed before to the new maximum.
+template <class Isa>
+ALWAYS_INLINE Floats<Isa> softmax_lanes(float* scores, int64_t keys, float* maximum, float* sum) {
+  using Vector = Floats<Isa>;
+  const Vector before = load<Vector>(maximum);
+  Vector now = before;
+  for (int64_t j = 0; j < keys; ++j) {
+    const Vector s = load<Vector>(scores + j * BLOCK);
+    now = s > now ? s : now;
+  }
+  // A query that has seen no key yet: subtracting -inf from its -inf scores would give NaN, subtracting 0 gives weights of 0.
+  const Vector shift = now == -INFINITY ? Vector{} : now;
+  const Vector factor = exp_nonpositive<Isa>(before - shift);
+  Vector weights = {};
+  for (int64_t j = 0; j < keys; ++j) {
+    const Vector weight = exp_nonpositive<Isa>(load<Vector>(scores + j * BLOCK) - shift);
+    store(scores + j * BLOCK, weight);
+    weights += weight;
+  }
+  store(maximum, now);
+  store(sum, factor * load<Vector>(sum) + weights);
+  return factor;
+}
+
+// Dropout on a block of transposed weights; first_key counts visible keys.
+template <class Isa>
+ALWAYS_INLINE void drop_lanes(const Forward& p, const Segment& s, int64_t first_query, int64_t first_key, int64_t keys,
+                              int64_t head, float* weights) {
+  const int64_t first_column = s.skipped + first_key;
+  for (int64_t j = 0; j < keys;) {
+    const int64_t column = first_column + j;
+    KeyDraws<Isa> draws;
+    draws.draw(p.shape.dropout, first_query, column / DRAWS_PER_CALL, head, s.index);
+    for (int i = column % DRAWS_PER_CALL; i < DRAWS_PER_CALL && j < keys; ++i, ++j)
+      store(weights + j * BLOCK, draws.keep(p.shape.dropout, i, load<Floats<Isa>>(weights + j * BLOCK)));
+  }
+}
+
+template <class Isa>
+ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
+  using Vector = Floats<Isa>;
+  constexpr int W = Isa::WIDTH;
+  const int64_t head_dim = p.shape.head_dim, width = padded(head_dim), head = p.tasks[task].head, first = p.tasks[task].first;
+  const Segment& s = *p.tasks[task].segment;
+  const int64_t queries = std::min(BLOCK, s.queries - first), lanes = vectors<Isa>(queries);
+  float* query_t = p.scratch;               // [head_dim, BLOCK]
+  float* scores = query_t + width * BLOCK;  // [BLOCK keys, BLOCK queries]
+  float* value = scores + BLOCK * BLOCK;    // [BLOCK keys, width]
+  float* sums = value + BLOCK * width;      // [BLOCK queries, width]
+  float* maximum = sums + BLOCK * width;    // [BLOCK queries], as the next two
+  float* weight_sum = maximum + BLOCK;
+  float* factors = weight_sum + BLOCK;
+  const int64_t most_keys = visible_keys(p.shape, s, first + queries - 1);
+  prefetch_rows(p.key.at(s.key, head), p.key.stride_row, std::min(BLOCK, most_keys), head_dim);
+  transpose_rows<Isa>(p.query.at(s.query + first, head), p.query.stride_row, queries, head_dim, p.shape.scale, query_t);
+  for (int64_t v = 0; v < lanes; ++v) {
+    store(maximum + v * W, Vector{} - INFINITY);
+    store(weight_sum + v * W, Vector{});
+  }
+  for (int64_t first_key = 0; first_key < most_keys; first_key += BLOCK) {
+    const int64_t keys = std::min(BLOCK, most_keys - first_key);
+    prefetch_rows(p.value.at(s.key + first_key, head), p.value.stride_row, keys, head_dim);
+    multiply<Isa>(
+        {p.key.at(s.key + first_key, head), p.key.stride_row, query_t, BLOCK, scores, BLOCK, keys, lanes, head_dim, false});
+    const bool partly_hidden = first_key + keys > visible_keys(p.shape, s, first);
+    for (int64_t v = 0; v < lanes; ++v) {
+      float* column = scores + v * W;
+      if (partly_hidden)
+        for (int64_t j = 0; j < keys; ++j)
+          store(column + j * BLOCK, hide_later_key<Isa>(s, first + v * W, first_key + j, load<Vector>(column + j * BLOCK)));
+      store(factors + v * W, softmax_lanes<Isa>(column, keys, maximum + v * W, weight_sum + v * W));
+      if (p.shape.dropout) drop_lanes<Isa>(p, s, first + v * W, first_key, keys, head, column);
+    }
+    if (first_key > 0)
+      for (int64_t r = 0; r < queries; ++r)
+        for (int64_t d = 0; d < width; d += W) store(sums + r * width + d, load<Vector>(sums + r * width + d) * factors[r]);
+    copy_rows<Isa>(p.value.at(s.key + first_key, head), p.value.stride_row, keys, head_dim, value, width);
+    multiply_transposed<Isa>({scores, BLOCK, value, width, sums, width, queries, vectors<Isa>(head_dim), keys, first_key > 0});
+  }
+  for (int64_t v = 0; v < lanes; ++v) {
+    const Vector sum = load<Vector>(weight_sum + v * W);
+    store(factors + v * W, sum == 0.0f ? Vector{} : p.shape.dropout.scale / sum);
+    store_first(p.lse + head * p.rows + s.query + first + v * W,
+                sum == 0.0f ? Vector{} - INFINITY : load<Vector>(maximum + v * W) + log_positive<Isa>(sum), queries - v * W);
+  }
+  for (int64_t r = 0; r < queries; ++r) {
+    float* out = p.out.at(s.query + first + r, head);
+    for (int64_t d = 0; d < head_dim; d += W)
+      store_first(out + d, most_keys > 0 ? load<Vector>(sums + r * width + d) * factors[r] : Vector{}, head_dim - d);
+  }
+}
+ROBERTA_FAST_KERNEL(attend, Forward)
+
+std::tuple<at::Tensor, at::Tensor> attention_fwd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                                 const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, int64_t, int64_t,
+                                                 double scale, bool causal, const std::optional<at::Tensor>& query_only,
+                                                 double dropout_p, const std::optional<at::Tensor>& seed, bool) {
+  check_attention(query, key, value);
+  const int64_t rows = query.size(0), heads = query.size(1), head_dim = query.size(2);
+  const std::vector<Segment> segments = make_segments(cu_seqlens_q, cu_seqlens_k, query_only, rows, key.size(0));
+  // Blocks of one head follow each other, while its keys and values lie in cache.
+  std::vector<Task> tasks;
+  int64_t covered = 0;
+  for (const Segment& s : segments) {
+    covered = std::max(covered, s.query + s.queries);
+    for (int64_t head = 0; head < heads; ++head)
+      for (int64_t first = 0; first < s.queries; first += BLOCK) tasks.push_back({&s, head, first});
+  }
+  const at::Tensor q = with_unit_stride(query), k = with_unit_stride(key), v = with_unit_stride(value);
+  at::Tensor out = at::empty({rows, heads, head_dim}, query.options()), lse = at::empty({heads, rows}, query.options());
+  // Rows behind the last segment belong to no task.
+  out.narrow(0, covered, rows - covered).zero_();
+  lse.narrow(1, covered, rows - covered).fill_(-INFINITY);
+  const Forward params{packed(q),
+                       packed(k),
+                       packed(v),
+                       packed_output(out),
+                       lse.mutable_data_ptr<float>(),
+                       rows,
+                       {heads, head_dim, static_cast<float>(scale), causal, make_dropout(dropout_p, seed)},
+                       tasks.data(),
+                       nullptr};
+  for_each_task(static_cast<int64_t>(tasks.size()), forward_scratch(head_dim), [&](int64_t task, float* scratch) {
+    Forward mine = params;
+    mine.scratch = scratch;
+    attend_for_cpu(mine, task, task + 1);
+  });
+  return {out, lse};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
+  m.def(
+      "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
+      "int max_seqlen_k, float scale, bool causal=False, Tensor? query_only=None, float dropout_p=0.0, Tensor? seed=None, "
+      "bool deterministic=False) -> (Tensor, Tensor)",
+      torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(attention_fwd)));
+}
+
+}  // namespace roberta_fast

@@ -1,0 +1,160 @@
+// What the forward and the backward pass of attention share: how segments, heads and blocks are laid out.
+//
+// Scores are kept transposed, S^T = K Q^T with keys as rows and queries along the lanes, so that the softmax of a query needs
+// no sums across lanes, a call of Philox serves eight keys of a lane's query without a shuffle, and every product of both
+// passes is one of the two in gemm.h. Only queries (and output gradients) are transposed, once a block.
+#pragma once
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common.h"
+#include "gemm.h"
+#include "vmath.h"
+
+namespace roberta_fast {
+
+constexpr int64_t BLOCK = 64;  // queries, and keys, of a block: a panel of 64 x 64 floats fills half the first-level cache
+
+// A packed [N, H, D] tensor whose last dimension has unit stride.
+template <class Element>
+struct Packed {
+  Element* data;
+  int64_t stride_row, stride_head;
+
+  Element* at(int64_t row, int64_t head) const { return data + row * stride_row + head * stride_head; }
+};
+
+inline Packed<const float> packed(const at::Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; }
+inline Packed<float> packed_output(const at::Tensor& t) { return {t.mutable_data_ptr<float>(), t.stride(0), t.stride(1)}; }
+
+// Query rows [query, query + queries) and visible key rows [key, key + keys); skipped: leading key rows that are not seen.
+struct Segment {
+  int64_t index, query, queries, key, keys, skipped;
+};
+
+struct Shape {
+  int64_t heads, head_dim;
+  float scale;
+  bool causal;
+  Dropout dropout;
+};
+
+// Keys that the query of this number within its segment sees: all, or up to the one that causality aligns with it.
+ALWAYS_INLINE int64_t visible_keys(const Shape& shape, const Segment& s, int64_t query) {
+  return shape.causal ? std::clamp<int64_t>(query + s.keys - s.queries + 1, 0, s.keys) : s.keys;
+}
+
+// The segments in descending order of their work, which lets threads that take the next one finish together.
+std::vector<Segment> make_segments(const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                   const std::optional<at::Tensor>& query_only, int64_t rows_q, int64_t rows_k);
+
+void check_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value);
+
+// Runs task(i, scratch) for i < tasks, each thread taking the next; scratch: floats of a thread's own, 64-byte aligned.
+template <class Task>
+void for_each_task(int64_t tasks, int64_t scratch_floats, const Task& task) {
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
+    const std::unique_ptr<float[], Free> scratch(
+        static_cast<float*>(::operator new[](scratch_floats * sizeof(float), std::align_val_t(64))));
+    for (int64_t i = next++; i < tasks; i = next++) task(i, scratch.get());
+  });
+}
+
+// A head's width in whole vectors of any instruction set.
+inline int64_t padded(int64_t head_dim) { return (head_dim + Avx512::WIDTH - 1) / Avx512::WIDTH * Avx512::WIDTH; }
+
+template <class Isa>
+ALWAYS_INLINE int64_t vectors(int64_t elements) {
+  return (elements + Isa::WIDTH - 1) / Isa::WIDTH;
+}
+
+// Asks for rows of a head ahead of their use: the heads between them make the stride too long for the processor to guess.
+ALWAYS_INLINE void prefetch_rows(const float* from, int64_t stride, int64_t rows, int64_t head_dim) {
+  constexpr int64_t LINE = 64 / sizeof(float);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < head_dim; d += LINE) __builtin_prefetch(from + r * stride + d);
+}
+
+// Copies rows of a head to rows of whole vectors, zeros behind the head's own elements.
+template <class Isa>
+ALWAYS_INLINE void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t head_dim, float* to, int64_t stride_to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < head_dim; d += Isa::WIDTH)
+      store(to + r * stride_to + d, load_first<Floats<Isa>>(from + r * stride + d, head_dim - d));
+}
+
+template <class Vector, int... I>
+ALWAYS_INLINE Vector low_halves(const Vector& a, const Vector& b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * static_cast<int>(sizeof...(I)))...);
+}
+template <class Vector, int... I>
+ALWAYS_INLINE Vector high_halves(const Vector& a, const Vector& b, std::integer_sequence<int, I...>) {
+  constexpr int N = sizeof...(I);
+  return __builtin_shufflevector(a, b, (N / 2 + I / 2 + I % 2 * N)...);
+}
+
+// One pass of the perfect shuffle: row i meets row i + WIDTH / 2. WIDTH = 2^k rows are transposed after k passes.
+template <class Isa, int... I>
+ALWAYS_INLINE void shuffle_rows(Floats<Isa>* rows, std::integer_sequence<int, I...>) {
+  const auto lanes = std::make_integer_sequence<int, Isa::WIDTH>();
+  const Floats<Isa> shuffled[] = {(I % 2 ? high_halves(rows[I / 2], rows[I / 2 + Isa::WIDTH / 2], lanes)
+                                         : low_halves(rows[I / 2], rows[I / 2 + Isa::WIDTH / 2], lanes))...};
+  ((rows[I] = shuffled[I]), ...);
+}
+
+template <class Isa, int... I>
+ALWAYS_INLINE void transpose_tile(const float* from, int64_t stride, int64_t rows, int64_t columns, float factor, float* to,
+                                  int64_t stride_to, std::integer_sequence<int, I...> lanes) {
+  Floats<Isa> tile[] = {(I < rows ? load_first<Floats<Isa>>(from + I * stride, columns) * factor : Floats<Isa>{})...};
+  shuffle_rows<Isa>(tile, lanes);
+  shuffle_rows<Isa>(tile, lanes);
+  if constexpr (Isa::WIDTH >= 8) shuffle_rows<Isa>(tile, lanes);
+  if constexpr (Isa::WIDTH >= 16) shuffle_rows<Isa>(tile, lanes);
+  ((I < columns ? store(to + I * stride_to, tile[I]) : void()), ...);
+}
+
+// Rows of a head, times factor, as columns of to [head_dim, BLOCK]; zeros fill the last vector of each of its rows.
+template <class Isa>
+ALWAYS_INLINE void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t head_dim, float factor, float* to) {
+  constexpr int W = Isa::WIDTH;
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t d = 0; d < head_dim; d += W)
+      transpose_tile<Isa>(from + r * stride + d, stride, rows - r, head_dim - d, factor, to + d * BLOCK + r, BLOCK,
+                          std::make_integer_sequence<int, W>());
+}
+
+// Hides from the queries first_query + lane (lanes of one vector) the key of this number: -inf where it is too late for them.
+template <class Isa>
+ALWAYS_INLINE Floats<Isa> hide_later_key(const Segment& s, int64_t first_query, int64_t key, const Floats<Isa>& scores) {
+  // Query i sees key j where j <= i + keys - queries.
+  const int32_t first_seeing = static_cast<int32_t>(key - s.keys + s.queries - first_query);
+  return select<Isa>(lane_numbers<Ints<Isa>>() >= first_seeing, scores, Floats<Isa>{} - INFINITY);
+}
+
+// Draws for eight keys of each lane's query: those of columns 8 * group ... 8 * group + 7 of its row.
+template <class Isa>
+struct KeyDraws {
+  Words<Isa> words[4];
+
+  ALWAYS_INLINE void draw(const Dropout& dropout, int64_t first_query, int64_t group, int64_t head, int64_t segment) {
+    words[0] = broadcast<Words<Isa>>(static_cast<uint32_t>(group));
+    words[1] = lane_numbers<Words<Isa>>() + static_cast<uint32_t>(first_query);
+    words[2] = broadcast<Words<Isa>>(static_cast<uint32_t>(head));
+    words[3] = broadcast<Words<Isa>>(static_cast<uint32_t>(segment));
+    philox<Isa>(dropout, words);
+  }
+
+  // x where the draw of column 8 * group + i keeps it, else 0; the scale of kept weights goes into sums of many.
+  ALWAYS_INLINE Floats<Isa> keep(const Dropout& dropout, int i, const Floats<Isa>& x) const {
+    const Words<Isa> draw = i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFFu;
+    return draw >= dropout.threshold ? x : Floats<Isa>{};
+  }
+};
+
+}  // namespace roberta_fast

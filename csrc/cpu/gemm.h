@@ -1,0 +1,26 @@
+// Products of small matrices that lie in cache, for the blocks of attention.
+#pragma once
+
+#include "simd.h"
+
+namespace roberta_fast {
+
+// c[r][j] (+)= sum over k of a(r, k) * b[k][j], for r < rows, j < vectors * WIDTH, k < depth.
+// a(r, k) is a[r * lda + k], or a[k * lda + r] where a is transposed; rows of b and c are whole vectors.
+struct Product {
+  const float* a;
+  int64_t lda;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  int64_t rows, vectors, depth;
+  bool accumulate;
+};
+
+template <class Isa>
+void multiply(const Product& p);
+template <class Isa>
+void multiply_transposed(const Product& p);
+
+}  // namespace roberta_fast
