@@ -9,7 +9,7 @@ is what a padded model computes there.
 import torch
 
 from roberta_fast import dispatch
-from roberta_fast.ops.registration import check, define, facts_of, register_autograd, register_backends
+from roberta_fast.ops.registration import check, define, facts_of, real_rows, register_autograd, register_backends
 
 
 def pack_indices(
@@ -74,10 +74,14 @@ def pack_ref(x, indices, count=None):
 
 
 def unpack_ref(rows, indices, batch, seqlen, count=None):
-    """Scatters; positions out of the batch go to a row that is cut off."""
-    flat = rows.new_zeros(batch * seqlen + 1, rows.shape[1])
-    flat[indices] = rows
-    return flat[:-1].view(batch, seqlen, rows.shape[1])
+    """Scatters; rows from ``count`` on add zeros to the last position."""
+    padded = rows.new_zeros(batch, seqlen, rows.shape[1])
+    flat = padded.view(-1, rows.shape[1])
+    if count is None:
+        flat[indices] = rows
+    else:
+        flat.index_add_(0, indices.clamp(max=batch * seqlen - 1), real_rows(rows, count))
+    return padded  # no view: autograd forbids to change a view that an operation returned
 
 
 def _indices_implementation(mask, capacity, backend):
