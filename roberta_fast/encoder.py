@@ -142,7 +142,8 @@ class FastEncoder:
         """The encoder's output, ``last_hidden_state`` [B, S, C], zeros at padding.
 
         hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, or None. Any 4D mask, decoder
-        mode, a cache, cross-attention or requested attentions take the stock path.
+        mode, a cache, cross-attention or requested attentions take the stock path. Raises ValueError naming a mask that does
+        not fit, or a parameter of another dtype.
         """
         mask = padding_mask.padding_of(attention_mask)
         collected = _active_collector.get() or ()
@@ -169,8 +170,14 @@ class FastEncoder:
         batch = PackedBatch.of(hidden_states, mask, self.fast_options)
         watched = "hidden_states" in collected or any(_is_watched(layer) for layer in self.layer)
         rows = hidden_states if watched else batch.pack(hidden_states)
-        for layer in self.layer:
-            rows = layer(rows, batch)
+        try:
+            for layer in self.layer:
+                rows = layer(rows, batch)
+        except (RuntimeError, ValueError) as error:
+            mixed = _mixed_dtype(self, hidden_states.dtype)
+            if mixed is None:
+                raise
+            raise ValueError(mixed) from error
         return self.family.output(last_hidden_state=rows if watched else batch.unpack(rows))
 
     def _report(self, reason: str) -> None:
@@ -214,6 +221,14 @@ def _mask_objection(mask, config):
     if not padding_mask.is_marked(config):
         return f"the attention implementation was set to {config._attn_implementation!r} after acceleration"
     return f"a {mask.dim()}D attention mask" if isinstance(mask, torch.Tensor) else f"a mask of type {type(mask).__name__}"
+
+
+def _mixed_dtype(encoder, dtype):
+    """Which parameter is not of ``dtype``, as a sentence, or None."""
+    for name, parameter in encoder.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            return f"{name} is {parameter.dtype}, but hidden_states are {dtype}: an encoder computes in one dtype"
+    return None
 
 
 def _foreign_hooks(module: nn.Module) -> list:
