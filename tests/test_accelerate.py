@@ -210,7 +210,8 @@ def test_gradient_checkpointing_recomputes_the_same_dropout(reentrant, model, in
     recomputed = gradients()
     assert len(calls) == 1 + 2, "the layer must run again in backward"
     for before, after in zip(plain, recomputed, strict=True):
-        assert torch.allclose(before, after, atol=1e-6)
+        # Recomputing adds the same terms in another order; other dropout would differ by far more.
+        assert (before - after).abs().max() <= 1e-5 * before.abs().max()
 
 
 def test_compiles_whole_for_every_length_mix(model):
