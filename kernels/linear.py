@@ -129,9 +129,9 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, count: torch.Tensor | Non
     # Two programs fit a multiprocessor; a share of fewer than four steps is not worth its partial sum.
     shares = min(2 * tuning.chip_of(x).multiprocessors // max(tiles, 1), n // (4 * tile["BLOCK_K"]))
     shares = max(shares, 1)
-    out = x.new_empty(shares, m, k, dtype=torch.float32 if shares > 1 else x.dtype)
+    out = x.new_empty(shares, m, k, dtype=torch.float32) if shares > 1 else x.new_empty(m, k)
     linear_bwd_kernel[(tiles, shares)](dy, x, out, count, n, m, k, *dy.stride(), *x.stride(), **tile)
-    return sum_partials(out, x.dtype) if shares > 1 else out[0]
+    return sum_partials(out, x.dtype) if shares > 1 else out
 
 
 def tile_for(x: torch.Tensor) -> dict[str, int | str]:
