@@ -40,7 +40,7 @@ def add_layer_norm(
         check(residual.shape == x.shape, "residual", f"shape {tuple(residual.shape)}", f"of x's shape {tuple(x.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         check(parameter.shape == (hidden,), name, f"shape {tuple(parameter.shape)}", f"[C] with C={hidden}")
-    check(dropout_p == 0.0 or seed is not None, "seed", seed, f"an int64 [1] tensor where dropout_p={dropout_p}")
+    check(dropout_p == 0.0 or seed is not None, "seed", seed, "an int64 [1] tensor where dropout_p is not 0")
     dropout.threshold(dropout_p)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         residual = residual if residual is None else residual.float()
