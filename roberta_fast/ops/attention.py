@@ -63,7 +63,7 @@ def attention(
         check(bounds.dtype == torch.int32 and bounds.dim() == 1, name, f"{bounds.dtype} {tuple(bounds.shape)}", "int32 [B + 1]")
         check(bounds.device == query.device, name, bounds.device, f"on query's device {query.device}")
     check(cu_seqlens_q.shape == cu_seqlens_k.shape, "cu_seqlens_k", tuple(cu_seqlens_k.shape), f"{tuple(cu_seqlens_q.shape)}")
-    check(dropout_p == 0.0 or seed is not None, "seed", seed, f"an int64 [1] tensor where dropout_p={dropout_p}")
+    check(dropout_p == 0.0 or seed is not None, "seed", seed, "an int64 [1] tensor where dropout_p is not 0")
     dropout.threshold(dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out, _ = _forward(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
