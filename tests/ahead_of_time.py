@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from roberta_fast import kernels
-from roberta_fast.kernels import tuning
+from roberta_fast.kernels import add_layer_norm, linear, linear_gelu, pack, tuning
 
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -53,8 +53,70 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+COUNT, SEED = meta(1, dtype=torch.int32), meta(1, dtype=torch.int64)
+
+
+def both_linear(dtype: torch.dtype, inner: int = 768, outer: int = 768, precision: str = "ieee") -> None:
+    """Forward with all that it can add, and backward, with float32 products in ``precision``."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    x, weight, bias, dy = (meta(*shape, dtype=dtype) for shape in ((8192, inner), (outer, inner), (outer,), (8192, outer)))
+    linear.linear_fwd(x, weight, bias, dy, COUNT)
+    linear.linear_bwd(dy, x, weight, True, COUNT)
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def both_linear_gelu(dtype: torch.dtype, approximate: str = "none", save: bool = True, inner: int = 768) -> None:
+    """Forward, and of the backward pass the element-wise half: its GEMMs are ``linear``'s."""
+    x, weight, bias, dy = (meta(*shape, dtype=dtype) for shape in ((8192, inner), (3072, inner), (3072,), (8192, 3072)))
+    linear_gelu.linear_gelu_fwd(x, weight, bias, approximate, save, COUNT)
+    linear_gelu.linear_gelu_bwd(dy, dy, x, weight, True, approximate, None)
+
+
+def both_add_layer_norm(x: torch.dtype, residual: torch.dtype | None, dropout_p: float, hidden: int = 768) -> None:
+    """Forward and backward with float32 weights."""
+    z = None if residual is None else meta(8192, hidden, dtype=residual)
+    x, dy = meta(8192, hidden, dtype=x), meta(8192, hidden, dtype=residual or x)
+    weight, statistics = meta(hidden, dtype=torch.float32), meta(8192, dtype=torch.float32)
+    seed = SEED if dropout_p else None
+    add_layer_norm.add_layer_norm_fwd(x, z, weight, weight, 1e-5, dropout_p, seed, COUNT)
+    add_layer_norm.add_layer_norm_bwd(dy, x, z, weight, statistics, statistics, dropout_p, seed, COUNT)
+
+
+def all_of_pack(dtype: torch.dtype, mask: torch.dtype = torch.int64) -> None:
+    """Indices of a mask, rows in, rows out."""
+    indices, _, count, _ = pack.pack_indices(meta(32, 512, dtype=mask), 8192)
+    rows = pack.pack(meta(32, 512, 768, dtype=dtype), indices, count)
+    pack.unpack(rows, indices, 32, 512, count)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
 # Entries are "<op>/<variant>": Case(...). The default ones must launch every kernel of kernels/, which is checked.
-CASES: dict[str, Case] = {}
+CASES: dict[str, Case] = {
+    "linear/bfloat16": Case(lambda: both_linear(BF16), default=True),
+    "linear/float16": Case(lambda: both_linear(FP16)),
+    "linear/bfloat16, odd": Case(lambda: both_linear(BF16, 1023, 777)),
+    "linear/bfloat16, wide": Case(lambda: both_linear(BF16, 1024, 4096)),
+    "linear/float32": Case(lambda: both_linear(FP32), tensor_cores=False),
+    "linear/float32, odd": Case(lambda: both_linear(FP32, 1023, 777), tensor_cores=False),
+    "linear/tf32": Case(lambda: both_linear(FP32, precision="tf32"), tensor_cores=False),
+    "linear_gelu/bfloat16": Case(lambda: both_linear_gelu(BF16), default=True),
+    "linear_gelu/bfloat16, inference": Case(lambda: both_linear_gelu(BF16, save=False)),
+    "linear_gelu/bfloat16, odd": Case(lambda: both_linear_gelu(BF16, inner=1023)),
+    "linear_gelu/bfloat16, tanh": Case(lambda: both_linear_gelu(BF16, "tanh")),
+    "linear_gelu/float16": Case(lambda: both_linear_gelu(FP16)),
+    "linear_gelu/float16, inference": Case(lambda: both_linear_gelu(FP16, save=False)),
+    "linear_gelu/float32": Case(lambda: both_linear_gelu(FP32), tensor_cores=False),
+    "linear_gelu/float32, tanh": Case(lambda: both_linear_gelu(FP32, "tanh", save=False), tensor_cores=False),
+    "add_layer_norm/bfloat16, dropout": Case(lambda: both_add_layer_norm(BF16, BF16, 0.1), default=True),
+    "add_layer_norm/bfloat16": Case(lambda: both_add_layer_norm(BF16, BF16, 0.0, 1024)),
+    "add_layer_norm/MiniLM, no residual": Case(lambda: both_add_layer_norm(BF16, None, 0.0, 384)),
+    "add_layer_norm/float32 residual": Case(lambda: both_add_layer_norm(BF16, FP32, 0.1)),
+    "add_layer_norm/float32, widest": Case(lambda: both_add_layer_norm(FP32, FP32, 0.1, 4096)),
+    "pack/bfloat16": Case(lambda: all_of_pack(BF16), default=True),
+    "pack/float32, bool mask": Case(lambda: all_of_pack(FP32, torch.bool)),
+}
 
 
 @dataclass(frozen=True)
