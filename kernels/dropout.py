@@ -8,9 +8,9 @@ import triton.language as tl
 def keep_mask(seed, threshold, rows, first_column, head, segment, BLOCK_N: tl.constexpr):
     """Which elements of a tile dropout keeps: bool [M, BLOCK_N].
 
-    seed: int64 scalar. threshold: 16-bit draws below it drop. rows: int [M], the tile's row coordinates. first_column: int scalar,
-    a multiple of 8, from which the tile's columns count. head, segment: int scalars, the other coordinates. BLOCK_N: columns, a
-    multiple of 8.
+    seed: int64 scalar. threshold: 16-bit draws below it drop. rows: int [M], the tile's row coordinates. first_column: int
+    scalar, a multiple of 8, from which the tile's columns count. head, segment: int scalars, the other coordinates. BLOCK_N:
+    columns, a multiple of 8.
     """
     kept = _kept_of_eight(seed, threshold, rows, first_column, head, segment, BLOCK_N)
     return tl.reshape(kept, (rows.shape[0], BLOCK_N)) != 0

@@ -1,9 +1,15 @@
-"""The chip that a launcher chooses its tiles for."""
+"""The chip that a launcher chooses its tiles for, and attention's tiles.
+
+Tiles are fixed by tables: nothing is searched for at run time, and every launch compiles without a GPU. Attention's were chosen
+by what the compiler reports, as ``tests/ahead_of_time.py`` prints it: no spilled registers, the tensor cores' fast path, and as
+many warps a multiprocessor as registers and shared memory then allow. They still have to be measured.
+"""
 
 import functools
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class Chip(NamedTuple):
@@ -35,3 +41,55 @@ def generation_of(capability: int) -> int:
     if 90 <= capability < 120:
         return 90 if capability < 100 else 100
     return 120
+
+
+class Tile(NamedTuple):
+    """Query rows and key rows of a score tile, the warps that share it, loads in flight, and a limit on registers a thread."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# Kernel and generation to {largest head dimension: tile}. "forward_dropout" is the forward kernel where it also draws a mask,
+# which takes registers. The limit of 168 lets three programs share a multiprocessor and spills nothing.
+_MMA_SYNC = {
+    "forward": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
+    "forward_dropout": {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
+    "dq": {128: Tile(64, 32, 4, 2)},
+    "dkdv": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
+    "backward": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1)},
+}
+_WGMMA = {
+    "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)},
+    "forward_dropout": {64: Tile(64, 64, 4, 3, registers=168), 128: Tile(128, 64, 8, 2)},
+    "dq": {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
+    "dkdv": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
+    "backward": {64: Tile(128, 128, 8, 1), 128: Tile(64, 64, 4, 1)},
+}
+_ATTENTION_TILES = {80: _MMA_SYNC, 90: _WGMMA, 100: _WGMMA, 120: _MMA_SYNC}
+
+
+def attention_tile(kernel: str, query: torch.Tensor, lengths: tuple[int, int] | None) -> Tile:
+    """The tile of an attention kernel for ``query`` [N, H, D].
+
+    kernel: "forward", "forward_dropout", "dq", "dkdv", or "backward", whose tile must hold whole segments.
+    lengths: the longest query and key segments, to which the tile is cut down so that fewer of its rows idle, with its warps
+        in proportion. None: the tile, and with it the order of every sum, is the same for all lengths.
+    """
+    generation, head_dim = chip_of(query).generation, query.shape[2]
+    if generation == 0:
+        return Tile(32, 32, 1, 1)
+    if query.dtype == torch.float32:
+        tile = Tile(32, 32, 4, 1)
+    else:
+        sizes = _ATTENTION_TILES[generation][kernel]
+        tile = sizes[min(size for size in sizes if head_dim <= size)]
+    if lengths is None:
+        return tile
+    block_m, block_n = (
+        min(block, max(32, triton.next_power_of_2(length))) for block, length in zip(tile[:2], lengths, strict=True)
+    )
+    return tile._replace(block_m=block_m, block_n=block_n, warps=max(1, tile.warps * block_m // tile.block_m))

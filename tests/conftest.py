@@ -40,6 +40,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run tests marked slow as well")
 
 
+def pytest_configure(config):
+    # Triton's interpreter converts one-element arrays in a way that numpy has announced to drop, and computes masked lanes too.
+    for category in ("Deprecation", "Runtime"):
+        config.addinivalue_line("filterwarnings", f"ignore::{category}Warning:triton.runtime.interpreter")
+
+
 def pytest_collection_modifyitems(config, items):
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     too_slow = pytest.mark.skip(reason="slow: run with --slow")

@@ -41,10 +41,10 @@ def attention(
     cu_seqlens_q, cu_seqlens_k: int32 [B + 1] on the same device, ascending from 0: where segments begin, and the end.
         Rows from the end on are never read.
     max_seqlen_q, max_seqlen_k: upper bounds on the lengths, rows.
-    scale: factor on the scores; None: 1 / sqrt(D). causal: a query sees no later keys.
+    scale: positive factor on the scores; None: 1 / sqrt(D). causal: a query sees no later keys.
     query_only: int32 [B], leading rows of each segment that ask but are not seen, or None for none.
     dropout_p: probability of dropping an attention weight, in [0, 1); seed: int64 [1], needed where it is not 0.
-    deterministic: bitwise equal gradients from run to run.
+    deterministic: a segment gives bitwise the same, gradients included, from run to run and whatever it is batched with.
     Under autocast computes in its dtype. Returns [Nq, H, D], contiguous. Raises ValueError naming the argument that does not fit.
     """
     query, key, value = autocast_to(query, key, value)
@@ -59,6 +59,8 @@ def attention(
         )
         check(tensor.dtype == query.dtype, name, tensor.dtype, f"query's dtype {query.dtype}")
     check(key.shape[0] == value.shape[0], "value", f"{value.shape[0]} rows", f"key's {key.shape[0]} rows")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check(tensor.stride(-1) == 1, name, f"stride {tensor.stride(-1)}", "contiguous in its last dimension")
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check(bounds.dtype == torch.int32 and bounds.dim() == 1, name, f"{bounds.dtype} {tuple(bounds.shape)}", "int32 [B + 1]")
         check(bounds.device == query.device, name, bounds.device, f"on query's device {query.device}")
@@ -66,6 +68,7 @@ def attention(
     check(dropout_p == 0.0 or seed is not None, "seed", seed, "an int64 [1] tensor where dropout_p is not 0")
     dropout.threshold(dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    check(scale > 0, "scale", scale, "positive")
     out, _ = _forward(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
                       query_only, dropout_p, seed if dropout_p else None, deterministic, backend)  # fmt: skip
     return out
