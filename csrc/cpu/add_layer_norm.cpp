@@ -111,7 +111,7 @@ ALWAYS_INLINE void backward_chunks(const Backward& p, int64_t begin, int64_t end
         const int64_t n = p.hidden - c;
         const Floats<Isa> normalized = (pre_norm<Isa>(p, row, c, n, draws.data()) - mean) * rstd;
         const Floats<Isa> gradient = load_first<Floats<Isa>>(dy + c, n);
-        const Floats<Isa> g = gradient * load_first<Floats<Isa>>(p.weight + c, n);
+        const Floats<Isa> g = rounded(gradient * load_first<Floats<Isa>>(p.weight + c, n));
         sum_g += g;
         sum_gn += g * normalized;
         store_first(dweight + c, load_first<Floats<Isa>>(dweight + c, n) + gradient * normalized, n);

@@ -1,4 +1,7 @@
 // Vector functions in float32: exp, log, and the two forms of GELU with their derivatives.
+//
+// Where a sum has two products as terms, rounded() says which is rounded first. Otherwise the compiler may fuse either with the
+// addition, differently in each copy of the code that it makes, and a result would depend on where in a row it stands.
 #pragma once
 
 #include "simd.h"
@@ -73,9 +76,9 @@ ALWAYS_INLINE Floats<Isa> log_positive(const Floats<Isa>& x) {
   const Ints<Isa> exponent = (bits - 0x3F3504F3) >> 23;  // puts the significand into [sqrt(1/2), sqrt(2))
   const Floats<Isa> f = bits_as<Floats<Isa>>(bits - (exponent << 23)) - 1.0f;
   const Floats<Isa> s = f / (f + 2.0f), z = s * s, w = z * z;
-  const Floats<Isa> r = w * (w * 0.24279078841f + 0.40000972152f) + z * (w * 0.28498786688f + 0.66666662693f);
-  const Floats<Isa> half_square = 0.5f * f * f, k = __builtin_convertvector(exponent, Floats<Isa>);
-  return k * 6.9313812256e-01f - ((half_square - (s * (half_square + r) + k * 9.0580006145e-06f)) - f);
+  const Floats<Isa> r = w * (w * 0.24279078841f + 0.40000972152f) + rounded(z * (w * 0.28498786688f + 0.66666662693f));
+  const Floats<Isa> half_square = rounded(0.5f * f * f), k = __builtin_convertvector(exponent, Floats<Isa>);
+  return k * 6.9313812256e-01f - ((half_square - (s * (half_square + r) + rounded(k * 9.0580006145e-06f))) - f);
 }
 
 // Entry index[i] of a table of 16, in each lane.
@@ -132,10 +135,11 @@ ALWAYS_INLINE GaussianTail<Isa> gaussian_tail(const Floats<Isa>& t) {
   const Floats<Isa> d = t - (__builtin_convertvector(interval, Floats<Isa>) + 0.5f);
   Floats<Isa> p = look_up<Isa>(GAUSSIAN_TAIL[7], interval);
   for (int k = 6; k > 0; --k) p = p * d + look_up<Isa>(GAUSSIAN_TAIL[k], interval);
-  const Floats<Isa> first = look_up<Isa>(GAUSSIAN_TAIL[0], interval), rest = p * d, value = first + rest;
+  const Floats<Isa> first = look_up<Isa>(GAUSSIAN_TAIL[0], interval), rest = rounded(p * d), value = first + rest;
   // The square of the leading bits is exact, so the exponent's rounding, which e^x would magnify, is known.
   const Floats<Isa> t_high = leading_bits<Isa>(t);
-  return {value, rest - (value - first), exponential<Isa>(-0.5f * (t_high * t_high), -0.5f * ((t - t_high) * (t + t_high)))};
+  const Floats<Isa> exponent = rounded(-0.5f * (t_high * t_high)), exponent_low = rounded(-0.5f * ((t - t_high) * (t + t_high)));
+  return {value, rest - (value - first), exponential<Isa>(exponent, exponent_low)};
 }
 
 // GELU(u) = max(u, 0) - |u| Phi(-|u|): no cancellation for u < 0, where Phi = (1 + erf) / 2 loses every digit.
@@ -155,7 +159,7 @@ template <class Isa>
 ALWAYS_INLINE Floats<Isa> gelu(const Floats<Isa>& u) {
   const Floats<Isa> t = tail_argument<Isa>(u, 15.0f);
   const GaussianTail<Isa> tail = gaussian_tail<Isa>(t);
-  const Floats<Isa> product = t * tail.value + t * (tail.value * tail.e.fraction + tail.low);
+  const Floats<Isa> product = t * tail.value + rounded(t * (tail.value * tail.e.fraction + tail.low));
   return relu<Isa>(u) - scaled<Isa>(product, tail.e.n);
 }
 
@@ -177,16 +181,17 @@ ALWAYS_INLINE Exponential<Isa> tanh_exponential(const Floats<Isa>& t) {
   constexpr float A = 1.59576917f, A_LOW = -4.53406805e-08f;
   constexpr float B = 0.0713500977f, B_LOW = 4.71861631e-06f;
   const Floats<Isa> t_high = leading_bits<Isa>(t), t_low = t - t_high;
-  const Floats<Isa> square = t_high * t_high, square_low = t_low * (t + t_high);
+  const Floats<Isa> square = rounded(t_high * t_high), square_low = rounded(t_low * (t + t_high));
   const Floats<Isa> square_high = leading_bits<Isa>(square);
   const Floats<Isa> product = B * square_high;
-  const Floats<Isa> product_low = B * (square - square_high) + (B_LOW * square + (B + B_LOW) * square_low);
+  const Floats<Isa> product_low = B * (square - square_high) + rounded(B_LOW * square + rounded((B + B_LOW) * square_low));
   // Knuth's TwoSum of A and the product.
   const Floats<Isa> factor = product + A, part = factor - A;
   const Floats<Isa> error = (A - (factor - part)) + (product - part);
   const Floats<Isa> factor_high = leading_bits<Isa>(factor);
   const Floats<Isa> factor_low = (factor - factor_high) + (error + (product_low + A_LOW));
-  return exponential<Isa>(-(t_high * factor_high), -(t_high * factor_low + t_low * (factor_high + factor_low)));
+  const Floats<Isa> low = t_high * factor_low + rounded(t_low * (factor_high + factor_low));
+  return exponential<Isa>(rounded(-(t_high * factor_high)), rounded(-low));
 }
 
 template <class Isa>
