@@ -69,7 +69,7 @@ ALWAYS_INLINE Floats<Isa> exp_nonpositive(const Floats<Isa>& x) {
   return select<Isa>(x < -87.0f, Floats<Isa>{}, power * (1.0f + fraction));
 }
 
-// log(x) for normal x > 0, below 1 ulp, by the atanh series and coefficients of FreeBSD's msun (e_logf.c).
+// log(x) for normal x > 0, below 1 ulp, and NaN for NaN, by the atanh series and coefficients of FreeBSD's msun (e_logf.c).
 template <class Isa>
 ALWAYS_INLINE Floats<Isa> log_positive(const Floats<Isa>& x) {
   const Ints<Isa> bits = bits_as<Ints<Isa>>(x);
@@ -78,7 +78,9 @@ ALWAYS_INLINE Floats<Isa> log_positive(const Floats<Isa>& x) {
   const Floats<Isa> s = f / (f + 2.0f), z = s * s, w = z * z;
   const Floats<Isa> r = w * (w * 0.24279078841f + 0.40000972152f) + rounded(z * (w * 0.28498786688f + 0.66666662693f));
   const Floats<Isa> half_square = rounded(0.5f * f * f), k = __builtin_convertvector(exponent, Floats<Isa>);
-  return k * 6.9313812256e-01f - ((half_square - (s * (half_square + r) + rounded(k * 9.0580006145e-06f))) - f);
+  const Floats<Isa> logarithm =
+      k * 6.9313812256e-01f - ((half_square - (s * (half_square + r) + rounded(k * 9.0580006145e-06f))) - f);
+  return select<Isa>(x == x, logarithm, x);
 }
 
 // Entry index[i] of a table of 16, in each lane.
