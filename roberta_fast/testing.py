@@ -71,6 +71,8 @@ def tiny_config(model_type: str = "roberta", **overrides):
     sizes = {**TINY, "max_position_embeddings": 64, "pad_token_id": 1}
     if model_type == "electra":  # without its projection of the embeddings
         sizes["embedding_size"] = TINY["hidden_size"]
+    if model_type == "roc_bert":
+        sizes |= dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), TINY["vocab_size"])
     if model_type == "distilbert":  # the one size to which it maps no common name
         sizes["hidden_dim"] = sizes.pop("intermediate_size")
     return AutoConfig.for_model(model_type, **{**sizes, **overrides})
