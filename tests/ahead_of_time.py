@@ -4,7 +4,8 @@
 process where a launch compiles for the given compute capability instead of running. So what is checked is what the launchers
 ask for: their tiles, flags and alignment; and a launcher that reads a value on the host fails. Prints one line per kernel:
 registers and spilled bytes a thread, shared memory a block. Exits with 1 where one is over its budget: spills above the
-case's allowance, shared memory above the chip's limit, a matrix product on Hopper without the warp-group instructions.
+case's allowance, shared memory above the chip's limit, a matrix product without the generation's own tensor core instructions, or
+on Hopper with ones that wait for each other.
 
 It must run in a process of its own: where ``TRITON_INTERPRET`` is set, kernels cannot be compiled.
 """
@@ -27,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from roberta_fast import kernels
-from roberta_fast.kernels import add_layer_norm, linear, linear_gelu, pack, tuning
+from roberta_fast.kernels import add_layer_norm, attention, linear, linear_gelu, pack, tuning
 
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -90,6 +91,21 @@ def all_of_pack(dtype: torch.dtype, mask: torch.dtype = torch.int64) -> None:
     pack.unpack(rows, indices, 32, 512, count)
 
 
+def both_attention(
+    dtype: torch.dtype, head_dim: int = 64, longest: int = 512, dropout_p: float = 0.0, causal: bool = False,
+    query_only: bool = False, deterministic: bool = False, precision: str = "ieee",
+) -> None:  # fmt: skip
+    """Forward and backward of a fused projection's views, segments of at most ``longest`` rows."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    qkv, out = meta(8192, 3, 12, head_dim, dtype=dtype), meta(8192, 12, head_dim, dtype=dtype)
+    bounds, skip = meta(33, dtype=torch.int32), meta(32, dtype=torch.int32) if query_only else None
+    rest = bounds, bounds, longest, longest, 0.125, causal, skip, dropout_p, SEED if dropout_p else None, deterministic
+    attention.attention_fwd(*qkv.unbind(1), *rest)
+    attention.attention_bwd(out, *qkv.unbind(1), out, meta(12, 8192, dtype=torch.float32), *rest)
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Entries are "<op>/<variant>": Case(...). The default ones must launch every kernel of kernels/, which is checked.
@@ -114,6 +130,26 @@ CASES: dict[str, Case] = {
     "add_layer_norm/MiniLM, no residual": Case(lambda: both_add_layer_norm(BF16, None, 0.0, 384)),
     "add_layer_norm/float32 residual": Case(lambda: both_add_layer_norm(BF16, FP32, 0.1)),
     "add_layer_norm/float32, widest": Case(lambda: both_add_layer_norm(FP32, FP32, 0.1, 4096)),
+    "attention/bfloat16": Case(lambda: both_attention(BF16)),
+    "attention/bfloat16, dropout": Case(lambda: both_attention(BF16, dropout_p=0.1), default=True),
+    "attention/bfloat16, dropout, S=128": Case(lambda: both_attention(BF16, longest=128, dropout_p=0.1), default=True),
+    "attention/bfloat16, S=128": Case(lambda: both_attention(BF16, longest=128)),
+    "attention/bfloat16, S=64": Case(lambda: both_attention(BF16, longest=64)),
+    "attention/bfloat16, dropout, S=64": Case(lambda: both_attention(BF16, longest=64, dropout_p=0.1)),
+    "attention/bfloat16, S=32": Case(lambda: both_attention(BF16, longest=32), tensor_cores=False),
+    "attention/bfloat16, query only": Case(lambda: both_attention(BF16, query_only=True)),
+    "attention/bfloat16, query only, S=128": Case(lambda: both_attention(BF16, longest=128, dropout_p=0.1, query_only=True)),
+    "attention/bfloat16, causal": Case(lambda: both_attention(BF16, causal=True)),
+    "attention/bfloat16, causal, dropout": Case(lambda: both_attention(BF16, dropout_p=0.1, causal=True)),
+    "attention/bfloat16, deterministic": Case(lambda: both_attention(BF16, longest=32, deterministic=True)),
+    "attention/float16": Case(lambda: both_attention(FP16)),
+    "attention/float16, dropout": Case(lambda: both_attention(FP16, dropout_p=0.1)),
+    "attention/float32": Case(lambda: both_attention(FP32), tensor_cores=False),
+    "attention/float32, D=128, dropout": Case(lambda: both_attention(FP32, 128, dropout_p=0.1), tensor_cores=False),
+    "attention/tf32": Case(lambda: both_attention(FP32, precision="tf32"), tensor_cores=False),
+    **{f"attention/D={d}": Case(lambda d=d: both_attention(BF16, d)) for d in (16, 24, 32, 48, 80, 128)},
+    **{f"attention/D={d}, dropout": Case(lambda d=d: both_attention(BF16, d, dropout_p=0.1)) for d in (16, 24, 32, 48, 80, 128)},
+    **{f"attention/D={d}, S=128": Case(lambda d=d: both_attention(BF16, d, 128, 0.1)) for d in (32, 128)},
     "pack/bfloat16": Case(lambda: all_of_pack(BF16), default=True),
     "pack/float32, bool mask": Case(lambda: all_of_pack(FP32, torch.bool)),
 }
@@ -127,8 +163,9 @@ class Compiled:
     registers: int
     spill_bytes: int
     shared_kib: float
-    instructions: str  # the tensor core instruction that it uses, if any
+    instructions: str  # the tensor cores' instructions that it uses
     has_dot: bool
+    serialized: bool  # Hopper's products wait for one another
 
 
 def compile_only(capability: int) -> list[triton.compiler.CompiledKernel]:
@@ -157,20 +194,30 @@ def inspect(compiled: triton.compiler.CompiledKernel) -> Compiled:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = _tool("cuobjdump", "--dump-sass", file.name)
     registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
-    found = re.search(r"\b(HGMMA|UTC\w*MMA|HMMA|QGMMA|IGMMA|IMMA)\b", sass)
+    instructions = sorted(set(re.findall(r"\b(?:[HQI]G?MMA|UTC\w*MMA)\b", sass)))
     return Compiled(
         kernel=compiled.metadata.name,
         registers=registers,
         spill_bytes=stack,
         shared_kib=compiled.metadata.shared / 1024,
-        instructions=found.group(1) if found else "",
+        instructions=" ".join(instructions),
         has_dot="tt.dot" in compiled.asm["ttir"],
+        serialized="HGMMA" in instructions and "wgmma.mma_async instructions are serialized" in _assembler_notes(compiled),
     )
+
+
+def _assembler_notes(compiled: triton.compiler.CompiledKernel) -> str:
+    """What ptxas says of a Hopper kernel; Triton, which has run it already, does not pass that on."""
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"].encode())
+        file.flush()
+        return _tool("ptxas", "-v", "-arch=sm_90a", file.name, "-o", "/dev/null")
 
 
 def _tool(name: str, *arguments: str) -> str:
     path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+    run = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
 
 
 def faults(capability: int, case: Case, compiled: Compiled) -> list[str]:
@@ -184,6 +231,8 @@ def faults(capability: int, case: Case, compiled: Compiled) -> list[str]:
         found.append(f"takes {compiled.shared_kib:.0f} KiB of shared memory, the chip has {limit}")
     if case.tensor_cores and compiled.has_dot and wanted not in compiled.instructions:
         found.append(f"uses {compiled.instructions or 'no tensor core instruction'} where {wanted} was expected")
+    if case.tensor_cores and compiled.serialized:
+        found.append("runs its matrix products one by one (a ptxas note)")
     return found
 
 
@@ -204,7 +253,7 @@ def main() -> int:
     launched = compile_only(arguments.capability)
     inspected = functools.cache(inspect)
     seen, faulty = set(), False
-    print(f"{'case':32} {'kernel':34} {'registers':>9} {'spill B':>7} {'shared KiB':>10}  tensor cores")
+    print(f"{'case':42} {'kernel':34} {'registers':>9} {'spill B':>7} {'shared KiB':>10}  tensor cores")
     for name, case in CASES.items():
         if arguments.only not in name or not (case.default or arguments.all or arguments.only):
             continue
@@ -212,7 +261,7 @@ def main() -> int:
         case.launch()
         for compiled in map(inspected, dict.fromkeys(launched)):
             seen.add(compiled.kernel)
-            row = f"{name:32} {compiled.kernel:34} {compiled.registers:9} {compiled.spill_bytes:7} {compiled.shared_kib:10.1f}"
+            row = f"{name:42} {compiled.kernel:34} {compiled.registers:9} {compiled.spill_bytes:7} {compiled.shared_kib:10.1f}"
             print(f"{row}  {compiled.instructions}", flush=True)
             for fault in faults(arguments.capability, case, compiled):
                 print(f"FAULT {name} {compiled.kernel}: {fault}")
