@@ -10,7 +10,7 @@ import torch
 
 from roberta_fast import dispatch
 from roberta_fast.ops import dropout
-from roberta_fast.ops.registration import check, check_rows, define, facts_of, real_rows, register_autograd, register_backends
+from roberta_fast.ops.registration import check_rows, define, facts_of, real_rows, refuse, register_autograd, register_backends
 
 
 def add_layer_norm(
@@ -36,11 +36,13 @@ def add_layer_norm(
     """
     check_rows(x, count)
     hidden = x.shape[1]
-    if residual is not None:
-        check(residual.shape == x.shape, "residual", f"shape {tuple(residual.shape)}", f"of x's shape {tuple(x.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        refuse("residual", f"shape {tuple(residual.shape)}", f"of x's shape {tuple(x.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        check(parameter.shape == (hidden,), name, f"shape {tuple(parameter.shape)}", f"[C] with C={hidden}")
-    check(dropout_p == 0.0 or seed is not None, "seed", seed, "an int64 [1] tensor where dropout_p is not 0")
+        if parameter.shape != (hidden,):
+            refuse(name, f"shape {tuple(parameter.shape)}", f"[C] with C={hidden}")
+    if dropout_p != 0.0 and seed is None:
+        refuse("seed", seed, f"an int64 [1] tensor where dropout_p={dropout_p}")
     dropout.threshold(dropout_p)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         residual = residual if residual is None else residual.float()

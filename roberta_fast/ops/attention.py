@@ -13,7 +13,7 @@ import torch
 
 from roberta_fast import dispatch
 from roberta_fast.ops import dropout
-from roberta_fast.ops.registration import autocast_to, check, define, facts_of, register_autograd, register_backends
+from roberta_fast.ops.registration import autocast_to, define, facts_of, refuse, register_autograd, register_backends
 
 HEAD_DIMS = range(16, 129)  # what the Triton and C++ kernels serve; Triton pads to a power of two
 
@@ -48,27 +48,32 @@ def attention(
     Under autocast computes in its dtype. Returns [Nq, H, D], contiguous. Raises ValueError naming the argument that does not fit.
     """
     query, key, value = autocast_to(query, key, value)
-    check(query.dim() == 3, "query", f"shape {tuple(query.shape)}", "a packed [N, H, D] tensor")
-    check(query.is_floating_point(), "query", query.dtype, "a floating-point tensor")
-    for name, tensor in (("key", key), ("value", value)):
-        check(
-            tensor.dim() == 3 and tensor.shape[1:] == query.shape[1:],
-            name,
-            f"shape {tuple(tensor.shape)}",
-            f"[N, H, D] with query's H and D {tuple(query.shape[1:])}",
-        )
-        check(tensor.dtype == query.dtype, name, tensor.dtype, f"query's dtype {query.dtype}")
-    check(key.shape[0] == value.shape[0], "value", f"{value.shape[0]} rows", f"key's {key.shape[0]} rows")
+    if query.dim() != 3:
+        refuse("query", f"shape {tuple(query.shape)}", "a packed [N, H, D] tensor")
+    if not query.is_floating_point():
+        refuse("query", query.dtype, "a floating-point tensor")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check(tensor.stride(-1) == 1, name, f"stride {tensor.stride(-1)}", "contiguous in its last dimension")
+        if tensor.dim() != 3 or tensor.shape[1:] != query.shape[1:]:
+            refuse(name, f"shape {tuple(tensor.shape)}", f"[N, H, D] with query's H and D {tuple(query.shape[1:])}")
+        if tensor.dtype != query.dtype:
+            refuse(name, tensor.dtype, f"query's dtype {query.dtype}")
+        if tensor.stride(-1) != 1:
+            refuse(name, f"stride {tensor.stride(-1)}", "contiguous in its last dimension")
+    if key.shape[0] != value.shape[0]:
+        refuse("value", f"{value.shape[0]} rows", f"key's {key.shape[0]} rows")
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check(bounds.dtype == torch.int32 and bounds.dim() == 1, name, f"{bounds.dtype} {tuple(bounds.shape)}", "int32 [B + 1]")
-        check(bounds.device == query.device, name, bounds.device, f"on query's device {query.device}")
-    check(cu_seqlens_q.shape == cu_seqlens_k.shape, "cu_seqlens_k", tuple(cu_seqlens_k.shape), f"{tuple(cu_seqlens_q.shape)}")
-    check(dropout_p == 0.0 or seed is not None, "seed", seed, "an int64 [1] tensor where dropout_p is not 0")
+        if bounds.dtype != torch.int32 or bounds.dim() != 1:
+            refuse(name, f"{bounds.dtype} {tuple(bounds.shape)}", "int32 [B + 1]")
+        if bounds.device != query.device:
+            refuse(name, bounds.device, f"on query's device {query.device}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        refuse("cu_seqlens_k", tuple(cu_seqlens_k.shape), f"{tuple(cu_seqlens_q.shape)}")
+    if dropout_p != 0.0 and seed is None:
+        refuse("seed", seed, f"an int64 [1] tensor where dropout_p={dropout_p}")
     dropout.threshold(dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    check(scale > 0, "scale", scale, "positive")
+    if scale <= 0:
+        refuse("scale", scale, "positive")
     out, _ = _forward(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
                       query_only, dropout_p, seed if dropout_p else None, deterministic, backend)  # fmt: skip
     return out

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from roberta_fast import dispatch
 from roberta_fast.ops.registration import (
     autocast_to,
-    check,
     check_rows,
     define,
     facts_of,
     real_rows,
+    refuse,
     register_autograd,
     register_backends,
 )
@@ -38,9 +38,8 @@ def linear(
     """
     check_rows(x, count)
     check_weight(x, weight, bias)
-    if residual is not None:
-        shape = (x.shape[0], weight.shape[0])
-        check(residual.shape == shape, "residual", f"shape {tuple(residual.shape)}", f"[N, M] = {shape}")
+    if residual is not None and residual.shape != (x.shape[0], weight.shape[0]):
+        refuse("residual", f"shape {tuple(residual.shape)}", f"[N, M] = {(x.shape[0], weight.shape[0])}")
     if count is None:
         y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
@@ -50,12 +49,13 @@ def linear(
 
 def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Checks that ``weight`` [M, K] and ``bias`` [M] fit ``x`` [N, K] in shape and, outside autocast, in dtype."""
-    check(weight.dim() == 2 and weight.shape[1] == x.shape[1], "weight", f"shape {tuple(weight.shape)}", f"[M, {x.shape[1]}]")
-    if bias is not None:
-        check(bias.shape == weight.shape[:1], "bias", f"shape {tuple(bias.shape)}", f"[{weight.shape[0]}]")
-    if not torch.is_autocast_enabled(x.device.type):
-        check(weight.dtype == x.dtype, "weight", weight.dtype, f"of x's dtype {x.dtype}")
-        check(bias is None or bias.dtype == x.dtype, "bias", bias is not None and bias.dtype, f"of x's dtype {x.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        refuse("weight", f"shape {tuple(weight.shape)}", f"[M, {x.shape[1]}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        refuse("bias", f"shape {tuple(bias.shape)}", f"[{weight.shape[0]}]")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            refuse(name, parameter.dtype, f"of x's dtype {x.dtype}")
 
 
 def linear_ref(x, weight, bias=None, residual=None, count=None):

@@ -12,11 +12,11 @@ from roberta_fast import dispatch
 from roberta_fast.ops.linear import check_weight, linear_backward_ref, linear_ref
 from roberta_fast.ops.registration import (
     autocast_to,
-    check,
     check_rows,
     define,
     facts_of,
     real_rows,
+    refuse,
     register_autograd,
     register_backends,
 )
@@ -41,7 +41,8 @@ def linear_gelu(
     """
     check_rows(x, count)
     check_weight(x, weight, bias)
-    check(approximate in APPROXIMATIONS, "approximate", repr(approximate), f"one of {APPROXIMATIONS}")
+    if approximate not in APPROXIMATIONS:
+        refuse("approximate", repr(approximate), f"one of {APPROXIMATIONS}")
     x, weight, bias = autocast_to(x, weight, bias)
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
     y, _ = _forward(x, weight, bias, approximate, torch.is_grad_enabled() and needs_grad, count, backend)

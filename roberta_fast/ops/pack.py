@@ -9,7 +9,7 @@ is what a padded model computes there.
 import torch
 
 from roberta_fast import dispatch
-from roberta_fast.ops.registration import check, define, facts_of, real_rows, register_autograd, register_backends
+from roberta_fast.ops.registration import define, facts_of, real_rows, refuse, register_autograd, register_backends
 
 
 def pack_indices(
@@ -23,13 +23,15 @@ def pack_indices(
     Returns indices int64 [N], flat positions b * S + s in order, B * S from ``count`` on; cu_seqlens int32 [B + 1];
     count int32 [1]; query_only int32 [B], 1 where position 0 is padding. Raises ValueError naming a bad argument.
     """
-    check(mask.dim() == 2 and mask.shape[1] >= 1, "mask", f"shape {tuple(mask.shape)}", "[B, S] with S >= 1")
+    if mask.dim() != 2 or mask.shape[1] < 1:
+        refuse("mask", f"shape {tuple(mask.shape)}", "[B, S] with S >= 1")
     return _indices(mask, capacity, backend)
 
 
 def pack(x: torch.Tensor, indices: torch.Tensor, count: torch.Tensor | None = None, *, backend: str = "auto") -> torch.Tensor:
     """The real rows of x [B, S, C], any dtype, as [N, C]; rows from ``count`` (int32 [1]) on hold anything."""
-    check(x.dim() == 3, "x", f"shape {tuple(x.shape)}", "[B, S, C]")
+    if x.dim() != 3:
+        refuse("x", f"shape {tuple(x.shape)}", "[B, S, C]")
     return _pack(x, indices, count, backend)
 
 
@@ -43,7 +45,8 @@ def unpack(
     backend: str = "auto",
 ) -> torch.Tensor:
     """The rows [N, C] back at their places in [batch, seqlen, C], zeros elsewhere; rows from ``count`` on are not read."""
-    check(rows.dim() == 2, "rows", f"shape {tuple(rows.shape)}", "[N, C]")
+    if rows.dim() != 2:
+        refuse("rows", f"shape {tuple(rows.shape)}", "[N, C]")
     return _unpack(rows, indices, batch, seqlen, count, backend)
 
 

@@ -1,6 +1,7 @@
 """The ``torch.ops.roberta_fast`` library: each schema is defined here once, from Python, so that every install has it."""
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -97,19 +98,24 @@ def facts_of(tensor: torch.Tensor, head_dim: int | None = None, device_rows: boo
     return dispatch.Facts(tensor.device.type, str(tensor.dtype).removeprefix("torch."), head_dim, device_rows)
 
 
-def check(condition: bool, argument: str, value: object, expected: str) -> None:
-    """Raises ValueError naming ``argument``, what was expected and the value that came instead."""
-    if not condition:
-        raise ValueError(f"{argument} must be {expected}, got {value}")
+def refuse(argument: str, value: object, expected: object) -> NoReturn:
+    """Raises ValueError naming ``argument``, what was expected and the value that came instead.
+
+    Called behind an ``if``: a message costs more than the check, and under ``torch.compile`` it would fix the sizes it names.
+    """
+    raise ValueError(f"{argument} must be {expected}, got {value}")
 
 
 def check_rows(x: torch.Tensor, count: torch.Tensor | None, argument: str = "x") -> None:
     """Checks that ``x`` is a floating [N, C] tensor and ``count``, if given, an int32 [1] tensor beside it."""
-    check(x.dim() == 2, argument, f"shape {tuple(x.shape)}", "a packed [N, C] tensor")
-    check(x.is_floating_point(), argument, x.dtype, "a floating-point tensor")
-    if count is not None:
-        check(count.shape == (1,) and count.dtype == torch.int32, "count", f"{count.dtype} {tuple(count.shape)}", "int32 [1]")
-        check(count.device == x.device, "count", count.device, f"on {x.device}, as {argument}")
+    if x.dim() != 2:
+        refuse(argument, f"shape {tuple(x.shape)}", "a packed [N, C] tensor")
+    if not x.is_floating_point():
+        refuse(argument, x.dtype, "a floating-point tensor")
+    if count is not None and (count.shape != (1,) or count.dtype != torch.int32):
+        refuse("count", f"{count.dtype} {tuple(count.shape)}", "int32 [1]")
+    if count is not None and count.device != x.device:
+        refuse("count", count.device, f"on {x.device}, as {argument}")
 
 
 def autocast_to(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
