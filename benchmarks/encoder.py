@@ -33,6 +33,8 @@ def run(argv: list[str]) -> int:
         comparisons = _prepare(args)
     except ValueError as error:
         parser.error(str(error))
+    if busy := measure.busy():
+        print(f"roberta-fast bench: {busy}", file=sys.stderr)
     with measure.threads(args.threads):
         try:
             results = [comparison.run() for comparison in comparisons]
@@ -64,7 +66,7 @@ class Comparison:
         self.name, self.model, self.batches, self.repeats = name, model, batches, repeats
         self.title, self.commit = title, commit
         self.device, self.dtype = model.device.type, str(model.dtype).removeprefix("torch.")
-        self.training = model.training
+        self.training, self.busy = model.training, measure.busy()
         self.absent = {p: PEERS[p].reason_against(self.device, self.dtype, self.training) for p in peers}
         self.peers = [p for p in peers if self.absent[p] is None]
 
@@ -83,6 +85,7 @@ class Comparison:
             "mode": "train" if self.training else "eval",
             "dtype": self.dtype,
             "environment": measure.environment(self.device, self.commit),
+            "busy": self.busy,
             "peak_tflops": measure.peak_tflops(self.device, self.dtype),
             "batches": {batch.name: batch.facts() for batch in self.batches},
             "rows": rows,

@@ -168,6 +168,12 @@ def threads(count: int | None):
         torch.set_num_threads(before)
 
 
+def busy() -> str | None:
+    """What says that other processes compete for the CPU, which makes every number here noisy; None where nothing does."""
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    return f"the machine is busy: load {load:.1f} on {cores} cores" if load > 0.5 * cores else None
+
+
 def environment(device: str, commit: str | None = None) -> dict:
     """Where and with what a result was measured.
 

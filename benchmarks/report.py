@@ -111,6 +111,7 @@ def encoder_section(run: dict) -> str:
     compared = "gradients" if run["mode"] == "train" else "hidden states"
     notes = [f"Peak memory, max\\|Δ\\| and cosine ({compared}, against the first row) are those of the {batches[0]} batch."]
     notes += [f"batch 1: one text of {run['batches'][LATENCY]['seqlen']} tokens."] if latency else []
+    notes += [f"Noisy, for {run['busy']}."] if run.get("busy") else []
     notes += [f"Not measured: `{peer}`, {reason}." for peer, reason in run["absent"].items()]
     return f"{title} ({described})  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{' '.join(notes)}"
 
