@@ -21,8 +21,20 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
 
 MODES = ("auto", "cuda", "cpu", "none")
-CXX_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
-NVCC_FLAGS = ["-O3", "--use_fast_math=false", "-lineinfo"]
+# at::parallel_for is OpenMP's on Linux. -Wno-psabi: vectors are passed only to functions that are always inlined.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+CXX_FLAGS = [
+    "-O3",
+    *OPENMP,
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+]
+NVCC_FLAGS = ["-O3", "-lineinfo"]
 NO_TORCH = (
     "torch cannot be imported here, and the C++ extension is compiled against it. An isolated build does not see the installed "
     "torch: use `pip install --no-build-isolation` with torch, ninja and pybind11 installed, or set ROBERTA_FAST_BUILD=none."
@@ -122,7 +134,7 @@ def extensions(torch, cpp_extension, cuda_sources: list[str]) -> list[Extension]
             include_dirs=[str(Path("csrc").resolve())],
             depends=headers,
             extra_compile_args=flags,
-            extra_link_args=["-fopenmp"],
+            extra_link_args=OPENMP,
         ),
     ]
 
