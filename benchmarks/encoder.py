@@ -42,8 +42,8 @@ def run(argv: list[str]) -> int:
             print(f"No number, for results differ from {BASELINE}'s:\n{error}", file=sys.stderr)
             return 1
     print("\n\n".join(report.section(result) for result in results))
-    if args.json:
-        report.save(args.json, results)
+    for path in filter(None, (args.json, args.save and report.RESULTS / f"{report.slug(results[0]['environment'])}.json")):
+        report.save(path, results)
     return 0
 
 
@@ -170,6 +170,7 @@ def _parser():
     add("--train", action="store_true", help="also a fine-tuning step, forward and backward")
     add("--train-only", action="store_true", help="that alone")
     add("--json", type=Path, help="write the results there, in place of earlier ones of the same kind")
+    add("--save", action="store_true", help="write them to benchmarks/results, under this machine's name")
     add("--title", help="named so, this run and others that measure the same stay side by side in the results")
     add("--commit", help="of the source, where it is no git checkout")
     add("--report", action="store_true", help="only write the tables of benchmarks/results into the README")

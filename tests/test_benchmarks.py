@@ -198,6 +198,15 @@ class TestEncoder:
             bench(*arguments)
         assert exit_.value.code == 2 and message in capsys.readouterr().err
 
+    def test_saved_results_go_by_the_machine(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(report, "RESULTS", tmp_path)
+        assert bench("--save", "--peers", "roberta_fast") == 0
+        (path,) = tmp_path.glob("*.json")
+        (run,) = report.load(tmp_path)
+        assert path.stem == report.slug(run["environment"]) and path.stem.endswith("-threads")
+        gpu_name = {"device": "cuda", "machine": "NVIDIA H100 80GB HBM3", "threads": 16}
+        assert report.slug(gpu_name) == "nvidia-h100-80gb-hbm3"
+
     def test_an_absent_peer_says_how_to_get_it(self, capsys, monkeypatch):
         absent = dataclasses.replace(peers.PEERS["huggingface-eager"], needs=("no_such.runtime", "pip install no-such"))
         monkeypatch.setitem(peers.PEERS, "huggingface-eager", absent)
