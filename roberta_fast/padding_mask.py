@@ -17,15 +17,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirection
 class Marked(str):
     """The name of an attention implementation, in the config of a model whose encoder is fast."""
 
+    def __reduce__(self):
+        return _marked, (str(self),)  # where a process loads a pickle, nothing may have been marked before
+
 
 def mark(modules: Iterable[nn.Module]) -> None:
     """Marks the attention implementation in the config of every module."""
-    for name in _SHORT_FORMS:
-        if name not in _originals:
-            _originals[name] = ALL_MASK_ATTENTION_FUNCTIONS[name]
-            AttentionMaskInterface.register(name, _short_where_marked(name))
     for module in modules:
-        module.config._attn_implementation = Marked(module.config._attn_implementation or "sdpa")
+        module.config._attn_implementation = _marked(module.config._attn_implementation or "sdpa")
 
 
 def unmark(modules: Iterable[nn.Module]) -> None:
@@ -71,6 +70,15 @@ def stock_mask(attention: nn.Module, mask: torch.Tensor | None, hidden_states: t
         use_vmap=False,
         device=hidden_states.device,
     )
+
+
+def _marked(name: str) -> Marked:
+    """``name``, marked, for mask functions that know what that means."""
+    for known in _SHORT_FORMS:
+        if known not in _originals:
+            _originals[known] = ALL_MASK_ATTENTION_FUNCTIONS[known]
+            AttentionMaskInterface.register(known, _short_where_marked(known))
+    return Marked(name)
 
 
 def _short_where_marked(name: str) -> Callable:
