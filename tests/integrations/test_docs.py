@@ -40,6 +40,7 @@ def test_the_page_runs(page, tmp_path, monkeypatch, capsys):
             line = page.read_text()[: page.read_text().index(code)].count("\n")
             capsys.readouterr()
             exec(compile("\n" * line + code, str(page), "exec"), scope)
+            # Trainer logs a dictionary a line, with times in it.
             said = "".join(x for x in capsys.readouterr().out.splitlines(keepends=True) if not x.startswith("{'"))
             assert printed is None or said == printed
     finally:
