@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, BertModel, EncoderDecoderConfig, EncoderDecoderModel, RobertaForCausalLM
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.auto import modeling_auto
 from trio import Trio, tiny_inputs, tiny_model, trio
 
@@ -127,6 +128,26 @@ def test_a_mask_of_ones_own(attention):
         assert explain(models.fast).stock_calls == calls, "a bool [B, 1, 1, S] says no more than [B, S]"
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_that_are_not_the_encoders_are_made_as_before(attention):
+    """One that is laid over the padding, that is to be joined with another, or that has other keys than queries."""
+    stock = tiny_config("bert", attn_implementation=attention)
+    config = accelerate_model(BertModel(copy.deepcopy(stock))).config
+    embeds = torch.zeros(*RIGHT.shape, 8)
+    others = {
+        "overlaid": {"and_mask_function": lambda batch, head, query, key: key <= query + 2},
+        "to be joined": {"allow_is_bidirectional_skip": False},
+        "of other keys": {"encoder_hidden_states": torch.zeros(4, 9, 8), "attention_mask": ragged_mask([9, 2, 3, 4])},
+    }
+    for name, arguments in others.items():
+        arguments = {"inputs_embeds": embeds, "attention_mask": RIGHT, **arguments}
+        theirs, ours = (create_bidirectional_mask(config=c, **arguments) for c in (stock, config))
+        assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), name
+    padding, short = (create_bidirectional_mask(config=c, inputs_embeds=embeds, attention_mask=RIGHT) for c in (stock, config))
+    assert short.shape == (4, 1, 1, 17)
+    assert torch.equal(short.expand_as(padding), padding), "a stock layer must understand it"
+
+
 def test_an_attention_implementation_set_later_is_said(models):
     other = "eager" if models.fast.config._attn_implementation == "sdpa" else "sdpa"
     inputs = random_inputs(RIGHT, models.stock.config)
@@ -194,11 +215,15 @@ def test_heads(model_type, mask):
     assert_close_as_torch(*map(torch.cat, zip(*found, strict=True)))
 
 
-def test_a_decoder_generates_what_the_stock_one_does():
-    models = trio(tiny_model(RobertaForCausalLM, is_decoder=True).eval(), on_unsupported="ignore")
-    ids = random_inputs(torch.ones(2, 5, dtype=torch.int64), models.stock.config)["input_ids"]
-    fast, stock = (model.generate(ids, max_new_tokens=6, do_sample=False) for model in models[:2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_decoder_generates_what_the_stock_one_does(attention):
+    """With a cache, whose mask of one query looks like a padding mask."""
+    decoder = tiny_model(RobertaForCausalLM, is_decoder=True, attn_implementation=attention).eval()
+    models = trio(decoder, on_unsupported="ignore")
+    padded = random_inputs(MASKS["left padding"][:2], models.stock.config)
+    fast, stock = (model.generate(**padded, max_new_tokens=6, do_sample=False) for model in models[:2])
     assert torch.equal(fast, stock)
+    ids = random_inputs(torch.ones(2, 5, dtype=torch.int64), models.stock.config)["input_ids"]
     assert set(explain(models.fast).stock_calls) == {"decoder mode"}
     cached, uncached = (models.fast(ids, use_cache=use_cache) for use_cache in (True, False))
     assert cached.past_key_values is not None and uncached.past_key_values is None
