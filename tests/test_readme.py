@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_every_make_target_exists():
 
 def test_every_command_answers():
     for name in COMMANDS:
-        subprocess.run(["roberta-fast", name, "--help"], check=True, capture_output=True)
+        subprocess.run([Path(sys.executable).parent / "roberta-fast", name, "--help"], check=True, capture_output=True)
 
 
 def test_the_snippets_run(tmp_path, monkeypatch, capsys):

@@ -65,7 +65,7 @@ def outcomes(suite, tmp_path, model_type, select):
         "HF_HUB_OFFLINE": "1",
     }
     classes = [f"{HERE / 'model_testers.py'}::{variant}_{model_type.replace('-', '_')}" for variant in ("Stock", "Patched")]
-    command = [shutil.which("pytest"), *options, "-k", select, *classes]
+    command = [Path(sys.executable).parent / "pytest", *options, "-k", select, *classes]
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode in (0, 1), result.stdout[-4000:] + result.stderr[-2000:]
     found = {"Stock": {}, "Patched": {}}
