@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, BertModel, EncoderDecoderConfig, EncoderDecoderModel, RobertaForCausalLM
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.models.auto import modeling_auto
 from trio import Trio, tiny_inputs, tiny_model, trio
 
@@ -130,7 +130,7 @@ def test_a_mask_of_ones_own(attention):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masks_that_are_not_the_encoders_are_made_as_before(attention):
-    """One that is laid over the padding, that is to be joined with another, or that has other keys than queries."""
+    """One laid over the padding, to be joined with another, of other keys than queries, or of a window."""
     stock = tiny_config("bert", attn_implementation=attention)
     config = accelerate_model(BertModel(copy.deepcopy(stock))).config
     embeds = torch.zeros(*RIGHT.shape, 8)
@@ -143,6 +143,10 @@ def test_masks_that_are_not_the_encoders_are_made_as_before(attention):
         arguments = {"inputs_embeds": embeds, "attention_mask": RIGHT, **arguments}
         theirs, ours = (create_bidirectional_mask(config=c, **arguments) for c in (stock, config))
         assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), name
+    for c in (stock, config):
+        c.sliding_window = 3
+    arguments = {"inputs_embeds": embeds, "attention_mask": RIGHT}
+    assert torch.equal(*(create_bidirectional_sliding_window_mask(config=c, **arguments) for c in (stock, config)))
     padding, short = (create_bidirectional_mask(config=c, inputs_embeds=embeds, attention_mask=RIGHT) for c in (stock, config))
     assert short.shape == (4, 1, 1, 17)
     assert torch.equal(short.expand_as(padding), padding), "a stock layer must understand it"
