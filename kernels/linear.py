@@ -94,10 +94,13 @@ def linear_bwd_kernel(
     share = tl.cdiv(tl.cdiv(real, BLOCK_K), tl.num_programs(1)) * BLOCK_K
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, real)
-    dweight = matmul_tile(
-        dy_ptr, x_ptr, rows, columns, first, last, M, K, stride_dy_m, stride_dy_n, stride_x_n, stride_x_k,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-    )  # fmt: skip
+    dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # Where a share is empty there is nothing to do; and without this branch ptxas runs Hopper's products one by one.
+    if first < last:
+        dweight = matmul_tile(
+            dy_ptr, x_ptr, rows, columns, first, last, M, K, stride_dy_m, stride_dy_n, stride_x_n, stride_x_k,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
     offsets = (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * K + columns[None, :]
     tl.store(dweight_ptr + offsets, dweight, mask=(rows < M)[:, None] & (columns < K)[None, :])
 
@@ -124,7 +127,7 @@ def linear_bwd(
 def weight_gradient(dy: torch.Tensor, x: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
     """dy [N, M]ᵀ @ x [N, K] over the rows before ``count``, [M, K] in x's dtype."""
     (n, m), k = dy.shape, x.shape[1]
-    tile = tile_for(x)
+    tile = tile_for(dy, x)
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(k, tile["BLOCK_N"])
     # Two programs fit a multiprocessor; a share of fewer than four steps is not worth its partial sum.
     shares = min(2 * tuning.chip_of(x).multiprocessors // max(tiles, 1), n // (4 * tile["BLOCK_K"]))
@@ -134,17 +137,22 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, count: torch.Tensor | Non
     return sum_partials(out, x.dtype) if shares > 1 else out
 
 
-def tile_for(x: torch.Tensor) -> dict[str, int | str]:
-    """The tile sizes of every GEMM here, by operand size alone: a row's result does not depend on the rows beside it.
+def tile_for(*operands: torch.Tensor) -> dict[str, int | str]:
+    """The tile of a GEMM, by its operands' type and alignment alone: a row's result does not depend on the rows beside it.
 
-    | operands | BLOCK_M × BLOCK_N × BLOCK_K | warps | stages | why |
-    | 16-bit | 128 × 128 × 64 | 8 | 3 | 96 KiB of shared memory: all chips, two programs on an H100's multiprocessor |
-    | float32 | 64 × 64 × 16 | 4 | 3 | without TF32 no tensor cores: registers are the limit |
+    Eight warps and three stages throughout.
+
+    | operands | BLOCK_M × BLOCK_N × BLOCK_K | why |
+    | 16-bit | 128 × 128 × 64 | 96 KiB of shared memory: all chips, two programs on an H100's multiprocessor |
+    | 16-bit, rows not in steps of 16 bytes | 64 × 64 × 32 | loaded one by one: more addresses would spill |
+    | float32 | 64 × 64 × 16 | without TF32 no tensor cores: registers are the limit |
     """
-    if x.element_size() == 2:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "PRECISION": "ieee", "num_warps": 8, "num_stages": 3}
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "PRECISION": precision, "num_warps": 4, "num_stages": 3}
+    half = operands[0].element_size() == 2
+    aligned = all(max(t.stride()) % 8 == 0 for t in operands)
+    block, block_k = (128, 64) if half and aligned else (64, 32 if half else 16)
+    precision = "tf32" if not half and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    sizes = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": block_k, "GROUP_M": 8}
+    return sizes | {"PRECISION": precision, "num_warps": 8, "num_stages": 3}
 
 
 def _rows_times(
@@ -153,7 +161,7 @@ def _rows_times(
     """x [N, K] @ matrix [K, M] + bias + residual over the real rows."""
     (n, k), m = x.shape, matrix.shape[1]
     y = x.new_empty(n, m)
-    tile = tile_for(x)
+    tile = tile_for(x, matrix)
     linear_fwd_kernel[(triton.cdiv(n, tile["BLOCK_M"]) * triton.cdiv(m, tile["BLOCK_N"]),)](
         x, matrix, bias, residual, y, count,
         n, m, k, *x.stride(), *matrix.stride(), *((0, 0) if residual is None else residual.stride()), **tile,

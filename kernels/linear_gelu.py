@@ -83,7 +83,7 @@ def linear_gelu_fwd(
     """(GELU(u), u) in x's dtype with u = x [N, K] @ weight [M, K]ᵀ + bias [M]; u is empty unless it is to be saved."""
     (n, k), m = x.shape, weight.shape[0]
     y, u = x.new_empty(n, m), x.new_empty((n, m) if save_preactivation else (0,))
-    tile = tile_for(x)
+    tile = tile_for(x, weight)
     linear_gelu_fwd_kernel[(triton.cdiv(n, tile["BLOCK_M"]) * triton.cdiv(m, tile["BLOCK_N"]),)](
         x, weight, bias, y, u if save_preactivation else None, count,
         n, m, k, *x.stride(), *weight.stride(), TANH=approximate == "tanh", **tile,
