@@ -72,14 +72,14 @@ ALWAYS_INLINE void forward_rows(const Forward& p, int64_t begin, int64_t end) {
       store_first(y + c, z, p.hidden - c);
       total += z;
     }
-    const float mean = sum<Isa>(total) / p.hidden;
+    const float mean = sum(total) / p.hidden;
     Floats<Isa> squares = {};
     int64_t c = 0;
     for (; c + W <= p.hidden; c += W) {
       const Floats<Isa> centred = load<Floats<Isa>>(y + c) - mean;
       squares += centred * centred;
     }
-    float square_sum = sum<Isa>(squares);
+    float square_sum = sum(squares);
     for (; c < p.hidden; ++c) square_sum += (y[c] - mean) * (y[c] - mean);
     const float rstd = static_cast<float>(1.0 / std::sqrt(square_sum / static_cast<double>(p.hidden) + p.eps));
     for (c = 0; c < p.hidden; c += W) {
@@ -118,7 +118,7 @@ ALWAYS_INLINE void backward_chunks(const Backward& p, int64_t begin, int64_t end
         store_first(dbias + c, load_first<Floats<Isa>>(dbias + c, n) + gradient, n);
         store_first(dz + c, normalized, n);
       }
-      const float mean_g = sum<Isa>(sum_g) / p.hidden, mean_gn = sum<Isa>(sum_gn) / p.hidden;
+      const float mean_g = sum(sum_g) / p.hidden, mean_gn = sum(sum_gn) / p.hidden;
       for (int64_t c = 0; c < p.hidden; c += W) {
         const int64_t n = p.hidden - c;
         // Rounded as where mean_g was summed: with a fused product, g - mean_g would not vanish where all g are equal.

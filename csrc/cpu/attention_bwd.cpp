@@ -18,16 +18,24 @@ struct Backward {
   float* scratch;
 };
 
+// Keys whose gradients a thread sums at a time, in its second-level cache, while all queries pass by.
+constexpr int64_t SPAN = 8 * BLOCK;
+
 // A thread's buffers; width is the head's in whole vectors.
 struct Buffers {
   int64_t width;
-  float *query_t, *dout_t;                             // [head_dim, BLOCK]
-  float *query, *dout, *key, *dquery, *dkey, *dvalue;  // [BLOCK, width]
-  float *weights, *dscores;                            // [BLOCK keys, BLOCK queries]
-  float *lse, *delta;                                  // [BLOCK]; delta: row sums of dout * out
+  float *key, *dkey, *dvalue;    // [SPAN, width]
+  float *query_t, *dout_t;       // [head_dim, BLOCK]
+  float *query, *dout, *dquery;  // [BLOCK, width]
+  float *weights, *dscores;      // [BLOCK keys, BLOCK queries]
+  float *lse, *delta;            // [BLOCK]; delta: row sums of dout * out
 
   ALWAYS_INLINE Buffers(float* p, int64_t head_dim) : width(padded(head_dim)) {
-    for (float** buffer : {&query_t, &dout_t, &query, &dout, &key, &dquery, &dkey, &dvalue}) {
+    for (float** buffer : {&key, &dkey, &dvalue}) {
+      *buffer = p;
+      p += SPAN * width;
+    }
+    for (float** buffer : {&query_t, &dout_t, &query, &dout, &dquery}) {
       *buffer = p;
       p += BLOCK * width;
     }
@@ -38,7 +46,9 @@ struct Buffers {
   }
 };
 
-int64_t backward_scratch(int64_t head_dim) { return BLOCK * (8 * padded(head_dim) + 2 * BLOCK + 2); }
+int64_t backward_scratch(int64_t head_dim) {
+  return 3 * SPAN * padded(head_dim) + BLOCK * (5 * padded(head_dim) + 2 * BLOCK + 2);
+}
 
 template <class Isa>
 ALWAYS_INLINE void load_queries(const Backward& p, const Segment& s, int64_t head, int64_t first, int64_t queries,
@@ -55,7 +65,7 @@ ALWAYS_INLINE void load_queries(const Backward& p, const Segment& s, int64_t hea
     Floats<Isa> products = {};
     for (int64_t d = 0; d < head_dim; d += Isa::WIDTH)
       products += load<Floats<Isa>>(b.dout + r * b.width + d) * load_first<Floats<Isa>>(out + d, head_dim - d);
-    b.delta[r] = sum<Isa>(products);
+    b.delta[r] = sum(products);
     // A query without keys: its scores are all -inf, and 0 in place of -inf keeps NaN out of the differences.
     const float lse = p.lse[head * p.rows + row + r];
     b.lse[r] = lse == -INFINITY ? 0.0f : lse;
@@ -103,54 +113,62 @@ ALWAYS_INLINE void store_rows(const float* from, int64_t width, int64_t rows, in
     }
 }
 
-template <class Isa>
-ALWAYS_INLINE void clear_rows(const Packed<float>& rows, int64_t first, int64_t number, int64_t head, int64_t head_dim) {
+void clear_rows(const Packed<float>& rows, int64_t first, int64_t number, int64_t head, int64_t head_dim) {
   for (int64_t r = first; r < first + number; ++r)
     for (int64_t d = 0; d < head_dim; ++d) rows.at(r, head)[d] = 0.0f;
 }
 
+// What one block of queries adds to the gradients of the keys from first_key on, and these keys to its own.
+template <class Isa>
+ALWAYS_INLINE void differentiate_block(const Backward& p, const Segment& s, int64_t head, int64_t first, int64_t queries,
+                                       int64_t first_key, int64_t keys, bool add_to_keys, bool add_to_queries, float* key,
+                                       float* dkey, float* dvalue, const Buffers& b) {
+  constexpr int W = Isa::WIDTH;
+  const int64_t lanes = vectors<Isa>(queries), head_dim = p.shape.head_dim, across = vectors<Isa>(head_dim);
+  const float* value = p.value.at(s.key + first_key, head);
+  multiply<Isa>({key, b.width, b.query_t, BLOCK, b.weights, BLOCK, keys, lanes, head_dim, false});
+  multiply<Isa>({value, p.value.stride_row, b.dout_t, BLOCK, b.dscores, BLOCK, keys, lanes, head_dim, false});
+  const bool partly_hidden = first_key + keys > visible_keys(p.shape, s, first);
+  for (int64_t v = 0; v < lanes; ++v)
+    differentiate_lanes<Isa>(p, s, head, first + v * W, first_key, keys, partly_hidden, b.weights + v * W, b.dscores + v * W,
+                             b.lse + v * W, b.delta + v * W);
+  multiply<Isa>({b.weights, BLOCK, b.dout, b.width, dvalue, b.width, keys, across, queries, add_to_keys});
+  multiply<Isa>({b.dscores, BLOCK, b.query, b.width, dkey, b.width, keys, across, queries, add_to_keys});
+  multiply_transposed<Isa>({b.dscores, BLOCK, key, b.width, b.dquery, b.width, queries, across, keys, add_to_queries});
+}
+
 template <class Isa>
 ALWAYS_INLINE void differentiate(const Backward& p, int64_t task, int64_t) {
-  constexpr int W = Isa::WIDTH;
   const Segment& s = p.segments[task / p.shape.heads];
-  const int64_t head = task % p.shape.heads, head_dim = p.shape.head_dim, across = vectors<Isa>(head_dim);
+  const int64_t head = task % p.shape.heads, head_dim = p.shape.head_dim;
   const Buffers b(p.scratch, head_dim);
-  clear_rows<Isa>(p.dkey, s.key - s.skipped, s.skipped, head, head_dim);
-  clear_rows<Isa>(p.dvalue, s.key - s.skipped, s.skipped, head, head_dim);
-  clear_rows<Isa>(p.dquery, s.query, s.queries, head, head_dim);
-  for (int64_t first_key = 0; first_key < s.keys; first_key += BLOCK) {
-    const int64_t keys = std::min(BLOCK, s.keys - first_key);
-    const float* key = p.key.at(s.key + first_key, head);
-    const float* value = p.value.at(s.key + first_key, head);
-    prefetch_rows(value, p.value.stride_row, keys, head_dim);
-    copy_rows<Isa>(key, p.key.stride_row, keys, head_dim, b.key, b.width);
-    bool seen = false;
+  clear_rows(p.dkey, s.key - s.skipped, s.skipped, head, head_dim);
+  clear_rows(p.dvalue, s.key - s.skipped, s.skipped, head, head_dim);
+  clear_rows(p.dquery, s.query, s.queries, head, head_dim);
+  for (int64_t span = 0; span < s.keys; span += SPAN) {
+    const int64_t span_end = std::min(span + SPAN, s.keys);
+    copy_rows<Isa>(p.key.at(s.key + span, head), p.key.stride_row, span_end - span, head_dim, b.key, b.width);
+    int64_t seen_end = span;  // keys of the span before it have been seen by a query
     for (int64_t first = 0; first < s.queries; first += BLOCK) {
-      const int64_t queries = std::min(BLOCK, s.queries - first), lanes = vectors<Isa>(queries);
-      if (visible_keys(p.shape, s, first + queries - 1) <= first_key) continue;
-      if (first_key == 0 || s.queries > BLOCK) load_queries<Isa>(p, s, head, first, queries, b);
-      multiply<Isa>({b.key, b.width, b.query_t, BLOCK, b.weights, BLOCK, keys, lanes, head_dim, false});
-      multiply<Isa>({value, p.value.stride_row, b.dout_t, BLOCK, b.dscores, BLOCK, keys, lanes, head_dim, false});
-      const bool partly_hidden = first_key + keys > visible_keys(p.shape, s, first);
-      for (int64_t v = 0; v < lanes; ++v)
-        differentiate_lanes<Isa>(p, s, head, first + v * W, first_key, keys, partly_hidden, b.weights + v * W, b.dscores + v * W,
-                                 b.lse + v * W, b.delta + v * W);
-      multiply<Isa>({b.weights, BLOCK, b.dout, b.width, b.dvalue, b.width, keys, across, queries, seen});
-      multiply<Isa>({b.dscores, BLOCK, b.query, b.width, b.dkey, b.width, keys, across, queries, seen});
-      multiply_transposed<Isa>({b.dscores, BLOCK, b.key, b.width, b.dquery, b.width, queries, across, keys, false});
-      store_rows<Isa>(b.dquery, b.width, queries, head_dim, p.shape.scale, true, p.dquery.at(s.query + first, head),
+      const int64_t queries = std::min(BLOCK, s.queries - first);
+      const int64_t visible_end = std::min(span_end, visible_keys(p.shape, s, first + queries - 1));
+      if (visible_end <= span) continue;
+      load_queries<Isa>(p, s, head, first, queries, b);
+      for (int64_t first_key = span; first_key < visible_end; first_key += BLOCK) {
+        const int64_t keys = std::min(BLOCK, span_end - first_key), offset = (first_key - span) * b.width;
+        differentiate_block<Isa>(p, s, head, first, queries, first_key, keys, first_key<seen_end, first_key> span, b.key + offset,
+                                 b.dkey + offset, b.dvalue + offset, b);
+        seen_end = std::max(seen_end, first_key + keys);
+      }
+      store_rows<Isa>(b.dquery, b.width, queries, head_dim, p.shape.scale, span > 0, p.dquery.at(s.query + first, head),
                       p.dquery.stride_row);
-      seen = true;
     }
-    if (seen) {
-      store_rows<Isa>(b.dkey, b.width, keys, head_dim, p.shape.scale, false, p.dkey.at(s.key + first_key, head),
-                      p.dkey.stride_row);
-      store_rows<Isa>(b.dvalue, b.width, keys, head_dim, p.shape.dropout.scale, false, p.dvalue.at(s.key + first_key, head),
-                      p.dvalue.stride_row);
-    } else {
-      clear_rows<Isa>(p.dkey, s.key + first_key, keys, head, head_dim);
-      clear_rows<Isa>(p.dvalue, s.key + first_key, keys, head, head_dim);
-    }
+    store_rows<Isa>(b.dkey, b.width, seen_end - span, head_dim, p.shape.scale, false, p.dkey.at(s.key + span, head),
+                    p.dkey.stride_row);
+    store_rows<Isa>(b.dvalue, b.width, seen_end - span, head_dim, p.shape.dropout.scale, false, p.dvalue.at(s.key + span, head),
+                    p.dvalue.stride_row);
+    clear_rows(p.dkey, s.key + seen_end, span_end - seen_end, head, head_dim);
+    clear_rows(p.dvalue, s.key + seen_end, span_end - seen_end, head, head_dim);
   }
 }
 ROBERTA_FAST_KERNEL(differentiate, Backward)

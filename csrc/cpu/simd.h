@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
@@ -111,13 +112,19 @@ ALWAYS_INLINE Vector lane_numbers() {
   return v;
 }
 
-template <class Isa>
-ALWAYS_INLINE float sum(const Floats<Isa>& v) {
-  float halves[Isa::WIDTH];
-  store(halves, v);
-  for (int width = Isa::WIDTH / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
-  return halves[0];
+template <class Half, class Vector, int... I>
+ALWAYS_INLINE Half add_halves(const Vector& v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (I + static_cast<int>(sizeof...(I)))...);
+}
+
+template <class Vector>
+ALWAYS_INLINE float sum(const Vector& v) {
+  constexpr int N = sizeof(Vector) / sizeof(float);
+  if constexpr (N == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    return sum(add_halves<typename VectorOf<float, N / 2>::type>(v, std::make_integer_sequence<int, N / 2>()));
+  }
 }
 
 }  // namespace roberta_fast
