@@ -29,6 +29,7 @@ from roberta_fast.kernels.attention_blocks import (
     key_ranges,
     load_rows,
     locate,
+    not_later,
     store_rows,
     visible_keys,
 )
@@ -163,16 +164,16 @@ def attention_bwd_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     begin = tl.maximum(0, first_column + length_q - length_k) // BLOCK_M * BLOCK_M if CAUSAL else 0
     # The loop runs once even where it has nothing to do: after a path around it, ptxas would run Hopper's products one by one.
-    for first_row in tl.range(begin, tl.maximum(length_q, begin + 1), BLOCK_M):
-        query_rows = first_row + tl.arange(0, BLOCK_M)
+    for step in tl.range(0, tl.maximum(length_q - begin, 1), BLOCK_M):
+        query_rows = begin + step + tl.arange(0, BLOCK_M)
         # Rows behind the end load zeros, statistics included, and so add nothing.
         asked = query_rows < length_q
         q = load_rows(query_ptr, query_rows, stride_query_n, asked, HEAD_DIM, BLOCK_D)
         dout = load_rows(dout_ptr, query_rows, row_stride, asked, HEAD_DIM, BLOCK_D)
         pair = query_rows[:, None] * 2 + tl.arange(0, 2)[None, :]
         lse, delta = tl.split(tl.load(statistics_ptr + pair, mask=asked[:, None], other=0.0))
-        # Masked keys spoil their own rows of dk and dv alone, which are not stored, or as zeros; but a key may be masked in part.
-        visible = visible_keys(query_rows, columns, skip, length_q, length_k, CAUSAL) if CAUSAL else None
+        # Keys that no query sees spoil their own rows of dk and dv alone, which are not stored, or as zeros.
+        visible = not_later(query_rows, columns, length_q, length_k) if CAUSAL else None
         dropped, dscores = gradient_block(
             q, k, v, dout, lse, delta, visible, query_rows, first_column, scale * LOG2_E, coordinates, HAS_DROPOUT, PRECISION
         )

@@ -72,8 +72,14 @@ def visible_keys(rows, columns, skip, length_q, length_k, CAUSAL: tl.constexpr):
     """Which of these query rows see which of these keys, [len(rows), len(columns)]."""
     visible = ((columns >= skip) & (columns < length_k))[None, :]
     if CAUSAL:
-        visible = visible & (columns[None, :] <= rows[:, None] + (length_k - length_q))
+        visible = visible & not_later(rows, columns, length_q, length_k)
     return visible
+
+
+@triton.jit
+def not_later(rows, columns, length_q, length_k):
+    """The causal mask, [len(rows), len(columns)]: the last query is aligned with the last key."""
+    return columns[None, :] <= rows[:, None] + (length_k - length_q)
 
 
 @triton.jit
