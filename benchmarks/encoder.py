@@ -72,6 +72,7 @@ class Comparison:
 
     def run(self) -> dict:
         """Checks every peer on every batch, then times. Raises NotTheSame, with nothing timed, where one is wrong."""
+        environment = measure.environment(self.device, self.commit)  # of the source as it was loaded
         functions = {BASELINE: PEERS[BASELINE].build(self.model)}
         for name in self.peers:
             if name not in functions:
@@ -84,7 +85,7 @@ class Comparison:
             "model": self.name,
             "mode": "train" if self.training else "eval",
             "dtype": self.dtype,
-            "environment": measure.environment(self.device, self.commit),
+            "environment": environment,
             "busy": self.busy,
             "peak_tflops": measure.peak_tflops(self.device, self.dtype),
             "batches": {batch.name: batch.facts() for batch in self.batches},

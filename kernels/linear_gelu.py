@@ -79,8 +79,12 @@ def linear_gelu_fwd(
     approximate: str,
     save_preactivation: bool,
     count: torch.Tensor | None,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(GELU(u), u) in x's dtype with u = x [N, K] @ weight [M, K]ᵀ + bias [M]; u is empty unless it is to be saved."""
+    """(GELU(u), u) in x's dtype with u = x [N, K] @ weight [M, K]ᵀ + bias [M]; u is empty unless it is to be saved.
+
+    A row does not depend on the rows beside it, whether that is asked for or not.
+    """
     (n, k), m = x.shape, weight.shape[0]
     y, u = x.new_empty(n, m), x.new_empty((n, m) if save_preactivation else (0,))
     tile = tile_for(x, weight)

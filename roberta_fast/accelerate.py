@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from roberta_fast import encoder as fast
+from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import FAMILIES, Family, family_of, family_of_encoder, supported_model_types
 from roberta_fast.options import FastOptions
 
@@ -33,6 +34,7 @@ def accelerate_model(model: nn.Module, options: FastOptions | None = None, **ove
         if family:
             module.__class__ = fast.fast_class(family, "encoder")
         fast.make_fast(module, options, _owners(model, module))
+    set_deterministic(model, options.deterministic)  # of its heads too
     return model
 
 
@@ -40,6 +42,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     """Makes the encoders of ``model`` stock again, in place, and returns it; one without fast encoders stays as it is."""
     for module in fast_encoders(model):
         fast.make_stock(module, _owners(model, module))
+    set_deterministic(model, False)
     return model
 
 
@@ -47,9 +50,11 @@ def patch_transformers(model_types: list[str] | None = None, options: FastOption
     """Makes every model of these types that is built or loaded from now on fast, without a change to the code that does so.
 
     model_types: ``config.model_type`` values, None for all supported ones. options, overrides: as in ``accelerate_model``.
-    Raises ValueError naming an unsupported type; nothing is patched then.
+    Raises ValueError naming an unsupported type, or for ``deterministic``; nothing is patched then.
     """
     options = _options(options, overrides)
+    if options.deterministic:
+        raise ValueError("deterministic=True reaches heads only through accelerate_model, not through patch_transformers")
     for family in FAMILIES if model_types is None else [family_of(model_type) for model_type in model_types]:
         replacement = fast.fast_class(family, "encoder")
         replacement.fast_options = options

@@ -25,12 +25,14 @@ class Facts(NamedTuple):
     dtype: name of the main tensor's dtype without ``torch.``, e.g. ``"bfloat16"``.
     head_dim: attention's head dimension; None elsewhere.
     device_rows: True where only the device knows how many rows are real (a ``count`` tensor is given).
+    deterministic: True where a row must have the same bits whatever rows it is batched with.
     """
 
     device: str
     dtype: str
     head_dim: int | None = None
     device_rows: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

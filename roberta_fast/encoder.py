@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
 from roberta_fast import ops, padding_mask
+from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
     Family,
@@ -45,7 +46,9 @@ class FastLayer:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         batch = attention_mask
         parts = layer_parts(self)
-        if layer_objection(self, parts):
+        if reason := layer_objection(self, parts):
+            if batch.options.deterministic:
+                raise NotImplementedError(f"roberta_fast: the stock layer would run, {reason}, {_NOT_DETERMINISTIC}")
             return self._stock_block(hidden_states, batch)
         if hidden_states.dim() == 2:
             return self._block(hidden_states, batch, parts)
@@ -58,7 +61,7 @@ class FastLayer:
         )
         seeds = dropout.new_seeds(3, rows.device) if p_attention or p_projection or p_output else None
         context = ops.attention(
-            *_query_key_value(rows, parts),
+            *_query_key_value(rows, parts, batch.options.deterministic),
             batch.cu_seqlens,
             batch.cu_seqlens,
             batch.seqlen,
@@ -67,6 +70,7 @@ class FastLayer:
             query_only=batch.query_only,
             dropout_p=p_attention,
             seed=seeds[0:1] if p_attention else None,
+            deterministic=batch.options.deterministic,
             backend=batch.options.backend,
         )
         projected = parts.attention_output(context.flatten(1))
@@ -77,6 +81,9 @@ class FastLayer:
         padded = hidden_states if hidden_states.dim() == 3 else batch.unpack(hidden_states)
         padded = super().forward(padded, padding_mask.stock_mask(layer_parts(self).attention, batch.mask, padded))
         return padded if hidden_states.dim() == 3 else batch.pack(padded)
+
+
+_NOT_DETERMINISTIC = "which deterministic=True forbids: its bits depend on the batch"
 
 
 def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
@@ -90,13 +97,13 @@ def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
     return None
 
 
-def _query_key_value(rows, parts):
+def _query_key_value(rows, parts, deterministic):
     """Three [N, H, D] views. One GEMM on CUDA, where concatenating the weights costs less than two more launches."""
     projections = (parts.query, parts.key, parts.value)
     heads = (-1, parts.attention.attention_head_size)
     if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
-        return ops.linear(rows, weight, bias).unflatten(1, (3, *heads)).unbind(1)
+        return ops.linear(rows, weight, bias, deterministic=deterministic).unflatten(1, (3, *heads)).unbind(1)
     return tuple(p(rows).unflatten(1, heads) for p in projections)
 
 
@@ -106,7 +113,12 @@ def _activated(rows, parts, batch):
     if form is None or not is_plain(parts.intermediate, nn.Linear):
         return parts.activation(parts.intermediate(rows))
     return ops.linear_gelu(
-        rows, parts.intermediate.weight, parts.intermediate.bias, approximate=form, backend=batch.options.backend
+        rows,
+        parts.intermediate.weight,
+        parts.intermediate.bias,
+        approximate=form,
+        deterministic=batch.options.deterministic,
+        backend=batch.options.backend,
     )
 
 
@@ -184,8 +196,9 @@ class FastEncoder:
         """Counts a call that takes the stock path; warns of each reason once. Traced code stays silent."""
         if torch.compiler.is_compiling():
             return
-        if self.fast_options.on_unsupported == "error":
-            raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, and on_unsupported='error'")
+        if self.fast_options.deterministic or self.fast_options.on_unsupported == "error":
+            refused = _NOT_DETERMINISTIC if self.fast_options.deterministic else "and on_unsupported='error'"
+            raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {refused}")
         if reason not in self.stock_calls and self.fast_options.on_unsupported == "warn":
             warnings.warn(f"roberta_fast: {type(self).__name__} takes the stock path: {reason}", RuntimeWarning, stacklevel=3)
         self.stock_calls[reason] = self.stock_calls.get(reason, 0) + 1
@@ -290,6 +303,7 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
     """
     encoder.fast_options = options
     encoder.stock_calls = {}
+    set_deterministic(encoder, options.deterministic)
     for layer, layer_class in zip(map(unwrapped, encoder.layer), layer_classes(encoder), strict=True):
         if not isinstance(layer, FastLayer):
             layer.__class__ = layer_class
@@ -309,6 +323,7 @@ def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
         if any(c.__module__.startswith("torch.distributed") for c in type(module).__mro__):
             raise ValueError(f"a sharded module cannot be made stock again: {type(module).__name__}")
     padding_mask.unmark((*_attentions(encoder), *owners))
+    set_deterministic(encoder, False)
     for layer in layers:
         layer.__class__ = layer.stock
     stock = encoder.stock

@@ -14,14 +14,22 @@ class FastOptions:
     backend: ``"auto"`` takes the fastest able one for each operation; ``"triton"``, ``"cpp"`` or ``"torch"`` insists.
     on_unsupported: what a call that must take the stock path does: ``"warn"`` once for each reason, raise an ``"error"``, or
         ``"ignore"`` it; ``explain`` shows the reason in any case.
+    deterministic: a text gives bitwise the same outputs from run to run, alone, in any batch, at any place in it and on any
+        number of threads, heads included; a step gives the same gradients from run to run. What cannot promise that raises:
+        on CPU, dtypes other than float32 and an install without the C++ extension, and all calls that take the stock path.
+        Linear layers become ``roberta_fast.deterministic.Linear``. Of PyTorch's own activations only exact GELU, ReLU and tanh
+        keep the promise.
     Raises ValueError for any other value.
     """
 
     backend: str = "auto"
     on_unsupported: str = "warn"
+    deterministic: bool = False
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is not one of {BACKENDS}")
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic={self.deterministic!r} is not True or False")
         if self.on_unsupported not in ON_UNSUPPORTED:
             raise ValueError(f"on_unsupported={self.on_unsupported!r} is not one of {ON_UNSUPPORTED}")

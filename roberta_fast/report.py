@@ -49,9 +49,12 @@ def explain(model: nn.Module) -> Explanation:
     layers = [unwrapped(layer) for encoder in encoders for layer in encoder.layer]
     weight = next(encoders[0].parameters())
     head_dim = layer_parts(layers[0]).attention.attention_head_size
-    facts, requested = facts_of(weight, head_dim=head_dim), encoders[0].fast_options.backend
+    options = encoders[0].fast_options
+    facts, requested = facts_of(weight, head_dim, deterministic=options.deterministic), options.backend
     skipped: dict[tuple, list[str]] = {}
-    backends = {"linear": ("cuBLAS" if weight.is_cuda else "MKL",) * 2}
+    library = "cuBLAS" if weight.is_cuda else "MKL"
+    forward = dispatch.choose("linear", facts._replace(head_dim=None), requested).backend if options.deterministic else library
+    backends = {"linear": (forward, library)}
     for name, backward in _OPERATIONS.items():
         chosen = []
         for op in (name, backward):

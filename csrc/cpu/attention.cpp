@@ -124,7 +124,7 @@ ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
   float* factors = weight_sum + BLOCK;
   const int64_t most_keys = visible_keys(p.shape, s, first + queries - 1);
   prefetch_rows(p.key.at(s.key, head), p.key.stride_row, std::min(BLOCK, most_keys), head_dim);
-  transpose_rows<Isa>(p.query.at(s.query + first, head), p.query.stride_row, queries, head_dim, p.shape.scale, query_t);
+  transpose<Isa>(p.query.at(s.query + first, head), p.query.stride_row, queries, head_dim, p.shape.scale, query_t, BLOCK);
   for (int64_t v = 0; v < lanes; ++v) {
     store(maximum + v * W, Vector{} - INFINITY);
     store(weight_sum + v * W, Vector{});

@@ -5,12 +5,11 @@
 // passes is one of the two in gemm.h. Only queries (and output gradients) are transposed, once a block.
 #pragma once
 
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common.h"
 #include "gemm.h"
+#include "rows.h"
 #include "vmath.h"
 
 namespace roberta_fast {
@@ -52,81 +51,14 @@ std::vector<Segment> make_segments(const at::Tensor& cu_seqlens_q, const at::Ten
 
 void check_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value);
 
-// Runs task(i, scratch) for i < tasks, each thread taking the next; scratch: floats of a thread's own, 64-byte aligned.
-template <class Task>
-void for_each_task(int64_t tasks, int64_t scratch_floats, const Task& task) {
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-  };
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
-    const std::unique_ptr<float[], Free> scratch(
-        static_cast<float*>(::operator new[](scratch_floats * sizeof(float), std::align_val_t(64))));
-    for (int64_t i = next++; i < tasks; i = next++) task(i, scratch.get());
-  });
-}
-
 // A head's width in whole vectors of any instruction set.
 inline int64_t padded(int64_t head_dim) { return (head_dim + Avx512::WIDTH - 1) / Avx512::WIDTH * Avx512::WIDTH; }
-
-template <class Isa>
-ALWAYS_INLINE int64_t vectors(int64_t elements) {
-  return (elements + Isa::WIDTH - 1) / Isa::WIDTH;
-}
 
 // Asks for rows of a head ahead of their use: the heads between them make the stride too long for the processor to guess.
 ALWAYS_INLINE void prefetch_rows(const float* from, int64_t stride, int64_t rows, int64_t head_dim) {
   constexpr int64_t LINE = 64 / sizeof(float);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t d = 0; d < head_dim; d += LINE) __builtin_prefetch(from + r * stride + d);
-}
-
-// Copies rows of a head to rows of whole vectors, zeros behind the head's own elements.
-template <class Isa>
-ALWAYS_INLINE void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t head_dim, float* to, int64_t stride_to) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < head_dim; d += Isa::WIDTH)
-      store(to + r * stride_to + d, load_first<Floats<Isa>>(from + r * stride + d, head_dim - d));
-}
-
-template <class Vector, int... I>
-ALWAYS_INLINE Vector low_halves(const Vector& a, const Vector& b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * static_cast<int>(sizeof...(I)))...);
-}
-template <class Vector, int... I>
-ALWAYS_INLINE Vector high_halves(const Vector& a, const Vector& b, std::integer_sequence<int, I...>) {
-  constexpr int N = sizeof...(I);
-  return __builtin_shufflevector(a, b, (N / 2 + I / 2 + I % 2 * N)...);
-}
-
-// One pass of the perfect shuffle: row i meets row i + WIDTH / 2. WIDTH = 2^k rows are transposed after k passes.
-template <class Isa, int... I>
-ALWAYS_INLINE void shuffle_rows(Floats<Isa>* rows, std::integer_sequence<int, I...>) {
-  const auto lanes = std::make_integer_sequence<int, Isa::WIDTH>();
-  const Floats<Isa> shuffled[] = {(I % 2 ? high_halves(rows[I / 2], rows[I / 2 + Isa::WIDTH / 2], lanes)
-                                         : low_halves(rows[I / 2], rows[I / 2 + Isa::WIDTH / 2], lanes))...};
-  ((rows[I] = shuffled[I]), ...);
-}
-
-template <class Isa, int... I>
-ALWAYS_INLINE void transpose_tile(const float* from, int64_t stride, int64_t rows, int64_t columns, float factor, float* to,
-                                  int64_t stride_to, std::integer_sequence<int, I...> lanes) {
-  Floats<Isa> tile[] = {(I < rows ? load_first<Floats<Isa>>(from + I * stride, columns) * factor : Floats<Isa>{})...};
-  shuffle_rows<Isa>(tile, lanes);
-  shuffle_rows<Isa>(tile, lanes);
-  if constexpr (Isa::WIDTH >= 8) shuffle_rows<Isa>(tile, lanes);
-  if constexpr (Isa::WIDTH >= 16) shuffle_rows<Isa>(tile, lanes);
-  ((I < columns ? store(to + I * stride_to, tile[I]) : void()), ...);
-}
-
-// Rows of a head, times factor, as columns of to [head_dim, BLOCK]; zeros fill the last vector of each of its rows.
-template <class Isa>
-ALWAYS_INLINE void transpose_rows(const float* from, int64_t stride, int64_t rows, int64_t head_dim, float factor, float* to) {
-  constexpr int W = Isa::WIDTH;
-  for (int64_t r = 0; r < rows; r += W)
-    for (int64_t d = 0; d < head_dim; d += W)
-      transpose_tile<Isa>(from + r * stride + d, stride, rows - r, head_dim - d, factor, to + d * BLOCK + r, BLOCK,
-                          std::make_integer_sequence<int, W>());
 }
 
 // Hides from the queries first_query + lane (lanes of one vector) the key of this number: -inf where it is too late for them.

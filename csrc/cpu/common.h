@@ -5,6 +5,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <atomic>
+#include <memory>
+#include <new>
 #include <optional>
 
 #include "philox.h"
@@ -37,6 +40,20 @@ struct RowChunks {
   int64_t rows, number;
   explicit RowChunks(int64_t n) : rows(std::max<int64_t>(16, (n + 63) / 64)), number((n + rows - 1) / rows) {}
 };
+
+// Runs task(i, scratch) for i < tasks, each thread taking the next; scratch: floats of a thread's own, 64-byte aligned.
+template <class Task>
+void for_each_task(int64_t tasks, int64_t scratch_floats, const Task& task) {
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
+    const std::unique_ptr<float[], Free> scratch(
+        static_cast<float*>(::operator new[](scratch_floats * sizeof(float), std::align_val_t(64))));
+    for (int64_t i = next++; i < tasks; i = next++) task(i, scratch.get());
+  });
+}
 
 // The sum over the rows of partials [chunks, columns], in their order.
 at::Tensor column_sums(const at::Tensor& partials);

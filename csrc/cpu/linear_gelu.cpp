@@ -1,11 +1,12 @@
 // y = GELU(x W^T + b) and its gradient; formulas and contract in roberta_fast/ops/linear_gelu.py.
-// The product is PyTorch's; bias, GELU, derivative and bias gradient are one pass each over its result.
+// The product is PyTorch's, or the one of linear.h where deterministic; bias, GELU, derivative and bias gradient are one pass each over its result.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common.h"
+#include "linear.h"
 #include "vmath.h"
 
 namespace roberta_fast {
@@ -90,7 +91,8 @@ int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 8192 / std:
 
 std::tuple<at::Tensor, at::Tensor> linear_gelu_fwd(const at::Tensor& x, const at::Tensor& weight,
                                                    const std::optional<at::Tensor>& bias, std::string_view approximate,
-                                                   bool save_preactivation, const std::optional<at::Tensor>& count) {
+                                                   bool save_preactivation, const std::optional<at::Tensor>& count,
+                                                   bool deterministic) {
   check_float(x, "x", 2);
   check_float(weight, "weight", 2);
   check_shape(weight, "weight", {weight.size(0), x.size(1)});
@@ -105,7 +107,11 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_fwd(const at::Tensor& x, const at
   const at::Tensor y = at::empty({n, columns}, x.options());
   const at::Tensor u = save_preactivation ? at::empty({n, columns}, x.options()) : at::empty({0}, x.options());
   at::Tensor product = y.narrow(0, 0, real);
-  at::mm_out(product, x.narrow(0, 0, real), weight.t());
+  const at::Tensor rows = x.narrow(0, 0, real);
+  if (deterministic)
+    multiply_rows(rows, weight, nullptr, nullptr, product);
+  else
+    at::mm_out(product, rows, weight.t());
   const Forward params{y.mutable_data_ptr<float>(), save_preactivation ? u.mutable_data_ptr<float>() : nullptr,
                        bias.has_value() ? shift.const_data_ptr<float>() : nullptr, columns};
   at::parallel_for(0, real, rows_per_task(columns), [&](int64_t begin, int64_t end) {
@@ -153,7 +159,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_bwd(const at::Tensor&
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def(
       "linear_gelu_fwd(Tensor x, Tensor weight, Tensor? bias=None, str approximate=\"none\", bool save_preactivation=False, "
-      "Tensor? count=None) -> (Tensor, Tensor)",
+      "Tensor? count=None, bool deterministic=False) -> (Tensor, Tensor)",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(linear_gelu_fwd)));
   m.def(
       "linear_gelu_bwd(Tensor dy, Tensor u, Tensor x, Tensor weight, bool has_bias, str approximate=\"none\", "

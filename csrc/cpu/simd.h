@@ -51,6 +51,12 @@ using Ints = typename VectorOf<int32_t, Isa::WIDTH>::type;
 template <class Isa>
 using Words = typename VectorOf<uint32_t, Isa::WIDTH>::type;
 
+// Vectors that hold so many elements.
+template <class Isa>
+ALWAYS_INLINE int64_t vectors(int64_t elements) {
+  return (elements + Isa::WIDTH - 1) / Isa::WIDTH;
+}
+
 template <class Vector, class Element>
 ALWAYS_INLINE Vector load(const Element* p) {
   Vector v;

@@ -148,7 +148,7 @@ def _drop(weights, segment, query_only, dropout_p, seed):
 
 def _forward_implementation(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
                             query_only, dropout_p, seed, deterministic, backend):  # fmt: skip
-    run = dispatch.choose("attention", facts_of(query, head_dim=query.shape[-1]), backend).run
+    run = dispatch.choose("attention", facts_of(query, query.shape[-1], deterministic=deterministic), backend).run
     return run(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, query_only,
                dropout_p, seed, deterministic)  # fmt: skip
 
@@ -160,7 +160,7 @@ def _forward_fake(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, m
 
 def _backward_implementation(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
                              causal, query_only, dropout_p, seed, deterministic, backend):  # fmt: skip
-    run = dispatch.choose("attention_backward", facts_of(query, head_dim=query.shape[-1]), backend).run
+    run = dispatch.choose("attention_backward", facts_of(query, query.shape[-1], deterministic=deterministic), backend).run
     return run(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
                query_only, dropout_p, seed, deterministic)  # fmt: skip
 

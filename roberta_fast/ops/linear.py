@@ -1,7 +1,8 @@
 """y = x Wᵀ + b (+ residual) over packed rows.
 
 Where the host knows the number of rows this is ``torch.nn.functional.linear``, which nothing beats for a plain GEMM. Where
-only the device knows it (``count``), the GEMM reads it there.
+only the device knows it (``count``), the GEMM reads it there; and where a row must have the same bits in any batch
+(``deterministic``), it is a GEMM that sums every element in one order.
 Backward: dx = dy W, dW = dyᵀ x, db = sum(dy) over the real rows.
 """
 
@@ -28,23 +29,24 @@ def linear(
     *,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
+    deterministic: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """x @ weightᵀ + bias (+ residual).
 
     x: [N, K]; weight: [M, K]; bias: [M] or None; residual: [N, M] or None, added in float32 before rounding by kernels.
     count: int32 [1] on x's device; rows from it on are never read and hold anything in the result. None: all are real.
+    deterministic: a row gives bitwise the same whatever it is batched with; the backward pass is the same from run to run.
     Under autocast computes in its dtype. Returns [N, M]. Raises ValueError naming the argument that does not fit.
     """
     check_rows(x, count)
     check_weight(x, weight, bias)
     if residual is not None and residual.shape != (x.shape[0], weight.shape[0]):
         refuse("residual", f"shape {tuple(residual.shape)}", f"[N, M] = {(x.shape[0], weight.shape[0])}")
-    if count is None:
-        y = F.linear(x, weight, bias)
-        return y if residual is None else y + residual
+    if count is None and not deterministic:
+        return linear_ref(x, weight, bias, residual)
     x, weight, bias, residual = autocast_to(x, weight, bias, residual)
-    return _forward(x, weight, bias, residual, count, backend)
+    return _forward(x, weight, bias, residual, count, deterministic, backend)
 
 
 def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -70,11 +72,12 @@ def linear_backward_ref(dy, x, weight, has_bias, count=None):
     return dy @ weight, dy.mT @ x, dy.sum(0) if has_bias else dy.new_empty(0)
 
 
-def _forward_implementation(x, weight, bias, residual, count, backend):
-    return dispatch.choose("linear", facts_of(x, device_rows=count is not None), backend).run(x, weight, bias, residual, count)
+def _forward_implementation(x, weight, bias, residual, count, deterministic, backend):
+    facts = facts_of(x, device_rows=count is not None, deterministic=deterministic)
+    return dispatch.choose("linear", facts, backend).run(x, weight, bias, residual, count)
 
 
-def _forward_fake(x, weight, bias, residual, count, backend):
+def _forward_fake(x, weight, bias, residual, count, deterministic, backend):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -88,7 +91,7 @@ def _backward_fake(dy, x, weight, has_bias, count, backend):
 
 
 _forward = define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? count, str backend) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? count, bool deterministic, str backend) -> Tensor",
     _forward_implementation,
     _forward_fake,
 )
@@ -100,7 +103,7 @@ _backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual, count, ctx.backend = inputs
+    x, weight, bias, residual, count, _, ctx.backend = inputs
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
     ctx.save_for_backward(x, weight, count)
 
@@ -108,8 +111,9 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, dy):
     x, weight, count = ctx.saved_tensors
     dx, dweight, dbias = _backward(dy.contiguous(), x, weight, ctx.has_bias, count, ctx.backend)
-    return dx, dweight, dbias if ctx.has_bias else None, dy if ctx.has_residual else None, None, None
+    return dx, dweight, dbias if ctx.has_bias else None, dy if ctx.has_residual else None, None, None, None
 
 
 register_autograd("linear", _autograd_backward, _setup_context)
-register_backends("linear", backends=("triton", "torch"))
+register_backends("linear", {"linear": "linear_fwd"})
+register_backends("linear", {"linear_backward": "linear_bwd"}, backends=("triton", "torch"))

@@ -31,12 +31,14 @@ def linear_gelu(
     *,
     approximate: str = "none",
     count: torch.Tensor | None = None,
+    deterministic: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """GELU(x @ weightᵀ + bias).
 
     x: [N, K]; weight: [M, K]; bias: [M] or None. approximate: ``"none"`` (exact erf) or ``"tanh"``.
     count: int32 [1] on x's device; rows from it on are never read and hold anything in the result. None: all are real.
+    deterministic: a row gives bitwise the same whatever it is batched with; the backward pass is the same from run to run.
     Under autocast computes in its dtype. Returns [N, M]. Raises ValueError naming the argument that does not fit.
     """
     check_rows(x, count)
@@ -45,11 +47,12 @@ def linear_gelu(
         refuse("approximate", repr(approximate), f"one of {APPROXIMATIONS}")
     x, weight, bias = autocast_to(x, weight, bias)
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
-    y, _ = _forward(x, weight, bias, approximate, torch.is_grad_enabled() and needs_grad, count, backend)
+    save = torch.is_grad_enabled() and needs_grad
+    y, _ = _forward(x, weight, bias, approximate, save, count, deterministic, backend)
     return y
 
 
-def linear_gelu_ref(x, weight, bias=None, approximate="none", save_preactivation=False, count=None):
+def linear_gelu_ref(x, weight, bias=None, approximate="none", save_preactivation=False, count=None, deterministic=False):
     """The composition in plain PyTorch; returns (y, u), u empty unless it is to be saved."""
     u = linear_ref(x, weight, bias)
     return F.gelu(u, approximate=approximate), u if save_preactivation else u.new_empty(0)
@@ -61,12 +64,13 @@ def linear_gelu_backward_ref(dy, u, x, weight, has_bias, approximate="none", cou
     return linear_backward_ref(du, real_rows(x, count), weight, has_bias)
 
 
-def _forward_implementation(x, weight, bias, approximate, save_preactivation, count, backend):
-    run = dispatch.choose("linear_gelu", facts_of(x, device_rows=count is not None), backend).run
-    return run(x, weight, bias, approximate, save_preactivation, count)
+def _forward_implementation(x, weight, bias, approximate, save_preactivation, count, deterministic, backend):
+    facts = facts_of(x, device_rows=count is not None, deterministic=deterministic)
+    run = dispatch.choose("linear_gelu", facts, backend).run
+    return run(x, weight, bias, approximate, save_preactivation, count, deterministic)
 
 
-def _forward_fake(x, weight, bias, approximate, save_preactivation, count, backend):
+def _forward_fake(x, weight, bias, approximate, save_preactivation, count, deterministic, backend):
     shape = (x.shape[0], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape if save_preactivation else (0,))
 
@@ -82,7 +86,7 @@ def _backward_fake(dy, u, x, weight, has_bias, approximate, count, backend):
 
 _forward = define(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str approximate, bool save_preactivation, "
-    "Tensor? count, str backend) -> (Tensor, Tensor)",
+    "Tensor? count, bool deterministic, str backend) -> (Tensor, Tensor)",
     _forward_implementation,
     _forward_fake,
 )
@@ -95,7 +99,7 @@ _backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.approximate, _, count, ctx.backend = inputs
+    x, weight, bias, ctx.approximate, _, count, _, ctx.backend = inputs
     _, u = output
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(u)
@@ -105,7 +109,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, dy, _du):
     u, x, weight, count = ctx.saved_tensors
     dx, dweight, dbias = _backward(dy.contiguous(), u, x, weight, ctx.has_bias, ctx.approximate, count, ctx.backend)
-    return dx, dweight, dbias if ctx.has_bias else None, None, None, None, None
+    return dx, dweight, dbias if ctx.has_bias else None, *[None] * 5
 
 
 register_autograd("linear_gelu", _autograd_backward, _setup_context)

@@ -87,15 +87,21 @@ def register_backends(
         for backend, path, device, reason in (
             ("triton", f"roberta_fast.kernels.{stem}:{kernel}", "cuda", triton_objection),
             ("cpp", f"torch:ops.roberta_fast_cpp.{kernel}.default", "cpu", cpp_objection),
-            ("torch", f"roberta_fast.ops.{stem}:{op}_ref", "any", lambda _: None),
+            ("torch", f"roberta_fast.ops.{stem}:{op}_ref", "any", _torch_objection),
         ):
             if backend in backends:
                 dispatch.register(op, backend, path, device=device, objection=reason)
 
 
-def facts_of(tensor: torch.Tensor, head_dim: int | None = None, device_rows: bool = False) -> dispatch.Facts:
+def _torch_objection(facts):
+    return "PyTorch's products do not have the same bits in every batch" if facts.deterministic else None
+
+
+def facts_of(
+    tensor: torch.Tensor, head_dim: int | None = None, device_rows: bool = False, deterministic: bool = False
+) -> dispatch.Facts:
     """The static facts that ``dispatch.choose`` needs, read off an operation's main tensor."""
-    return dispatch.Facts(tensor.device.type, str(tensor.dtype).removeprefix("torch."), head_dim, device_rows)
+    return dispatch.Facts(tensor.device.type, str(tensor.dtype).removeprefix("torch."), head_dim, device_rows, deterministic)
 
 
 def refuse(argument: str, value: object, expected: object) -> NoReturn:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from roberta_fast import dispatch
 from roberta_fast.kernels.linear import tile_for
 from roberta_fast.ops import linear
 from roberta_fast.ops.linear import linear_backward_ref, linear_ref
@@ -81,7 +82,7 @@ def run(case, inputs, dy, backend):
     x, weight, bias, residual = inputs
     (x, residual, dy), count = hide(case, (x, residual, dy), device)
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, residual)]
-    y = operator(*leaves, count, backend)
+    y = operator(*leaves, count, False, backend)
     gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy))
     dx, dweight, dbias, dresidual = (None if t is None else next(gradients) for t in leaves)
     cut = slice(case.rows)
@@ -113,10 +114,12 @@ def check(fast, torch_result, exact):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_match_the_reference(name, triton_device):
+def test_kernels_match_the_reference(name, backend):
     case = CASES[name]
-    inputs, dy = case.inputs(triton_device)
-    fast = run(case, inputs, dy, "triton")
+    if backend.name == "cpp" and case.dtype != torch.float32:
+        pytest.skip("the C++ kernel computes float32")
+    inputs, dy = case.inputs(backend.device)
+    fast = run(case, inputs, dy, backend.name)
     check(fast, composed(case, inputs, dy), composed(case, in_double(inputs), dy.double()))
 
 
@@ -141,7 +144,7 @@ def test_offsets_beyond_31_bits():
     x[-1] = 1
     weight = torch.ones(outer, inner, dtype=torch.bfloat16, device="cuda")
     count = torch.tensor([rows], dtype=torch.int32, device="cuda")
-    y = operator(x, weight, None, None, count, "triton")
+    y = operator(x, weight, None, None, count, False, "triton")
     assert (y[-1] == inner).all() and not y[:-1].any()
     dx, dweight, _ = backward_operator(y, x, weight, False, count, "triton")
     assert (dx[-1] == outer * inner).all() and not dx[:-1].any()
@@ -214,6 +217,32 @@ def test_a_row_does_not_depend_on_its_batch(triton_device):
     assert torch.equal(part["y"], whole["y"][:70]) and torch.equal(part["dx"], whole["dx"][:70])
 
 
+@pytest.mark.parametrize("outer", [1, 67, 200])
+def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(outer):
+    """On the CPU where deterministic; 900 rows are divided among tasks in other ways than 5."""
+    if dispatch.load_cpp():
+        pytest.skip(dispatch.load_cpp())
+    (x, weight, bias, residual), _ = Case(900, outer, 333, residual=True).inputs()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            for size in (1, 5, 47, 500, 900):
+                parts = zip(x.split(size), residual.split(size), strict=True)
+                results.append(torch.cat([linear(a, weight, bias, residual=b, deterministic=True) for a, b in parts]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"backend": "torch"}], ids=str)
+def test_what_cannot_be_deterministic_raises(change):
+    """A promise of bits is kept or refused, never dropped in silence."""
+    x = torch.zeros(4, 3, dtype=change.pop("dtype", torch.float32))
+    with pytest.raises(ValueError, match=r"cannot run linear on cpu .*torch: PyTorch's products do not have the same bits"):
+        linear(x, x.new_zeros(5, 3), deterministic=True, **change)
+
+
 def test_gradients_repeat_bitwise(triton_device):
     case = CASES["rows shared out"]
     inputs, dy = case.inputs(triton_device)
@@ -250,12 +279,12 @@ def test_autocast_as_torch(triton_device):
 
 
 @pytest.mark.parametrize("case", [Case(5, 7, 3), Case(5, 7, 3, bias=False, residual=True, hidden=2)], ids=["plain", "count"])
-def test_opcheck(case, triton_device):
-    (x, weight, bias, residual), dy = case.inputs(triton_device)
-    count = torch.tensor([case.rows], dtype=torch.int32, device=triton_device)
+def test_opcheck(case, backend):
+    (x, weight, bias, residual), dy = case.inputs(backend.device)
+    count = torch.tensor([case.rows], dtype=torch.int32, device=backend.device)
     leaves = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias, residual)]
-    torch.library.opcheck(operator, (*leaves, count, "triton"))
-    torch.library.opcheck(backward_operator, (dy, x, weight, case.bias, count, "triton"))
+    torch.library.opcheck(operator, (*leaves, count, True, backend.name))
+    torch.library.opcheck(backward_operator, (dy, x, weight, case.bias, count, backend.name))
 
 
 ROWS = torch.zeros(4, 3)
