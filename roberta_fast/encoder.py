@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
 from roberta_fast import ops, padding_mask
-from roberta_fast.deterministic import set_deterministic
+from roberta_fast.deterministic import Linear, set_deterministic
 from roberta_fast.families import (
     FAMILIES,
     Family,
@@ -46,9 +46,10 @@ class FastLayer:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         batch = attention_mask
         parts = layer_parts(self)
-        if reason := layer_objection(self, parts):
-            if batch.options.deterministic:
-                raise NotImplementedError(f"roberta_fast: the stock layer would run, {reason}, {_NOT_DETERMINISTIC}")
+        reason = layer_objection(self, parts)
+        if batch.options.deterministic:
+            _refuse_other_bits(parts, reason)
+        if reason:
             return self._stock_block(hidden_states, batch)
         if hidden_states.dim() == 2:
             return self._block(hidden_states, batch, parts)
@@ -84,6 +85,17 @@ class FastLayer:
 
 
 _NOT_DETERMINISTIC = "which deterministic=True forbids: its bits depend on the batch"
+
+
+def _refuse_other_bits(parts, reason):
+    """Raises NotImplementedError where the stock layer would run, for ``reason``, or a linear layer that is none of ours."""
+    what = reason and f"the stock layer would run, {reason}"
+    for name in ("query", "key", "value", "attention_output", "intermediate", "output"):
+        for module in getattr(parts, name).modules():
+            if isinstance(module, nn.Linear) and not isinstance(module, Linear):
+                what = what or f"{name} would run a {type(module).__name__} that acceleration did not replace"
+    if what:
+        raise NotImplementedError(f"roberta_fast: {what}, {_NOT_DETERMINISTIC}")
 
 
 def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
@@ -194,11 +206,11 @@ class FastEncoder:
 
     def _report(self, reason: str) -> None:
         """Counts a call that takes the stock path; warns of each reason once. Traced code stays silent."""
-        if torch.compiler.is_compiling():
-            return
         if self.fast_options.deterministic or self.fast_options.on_unsupported == "error":
             refused = _NOT_DETERMINISTIC if self.fast_options.deterministic else "and on_unsupported='error'"
             raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {refused}")
+        if torch.compiler.is_compiling():
+            return
         if reason not in self.stock_calls and self.fast_options.on_unsupported == "warn":
             warnings.warn(f"roberta_fast: {type(self).__name__} takes the stock path: {reason}", RuntimeWarning, stacklevel=3)
         self.stock_calls[reason] = self.stock_calls.get(reason, 0) + 1
