@@ -1,5 +1,6 @@
 """The ``torch.ops.roberta_fast`` library: each schema is defined here once, from Python, so that every install has it."""
 
+import functools
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,7 +13,7 @@ _library = torch.library.Library("roberta_fast", "DEF")
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Defines ``roberta_fast::<schema>`` for every device, with its shape function, and returns the callable overload.
+    """Defines ``roberta_fast::<schema>`` for every device, with its shape function, and returns a function that calls it.
 
     implementation: picks a backend by ``dispatch.choose`` and runs it; its results never alias its arguments.
     fake: returns empty tensors of the right shapes, dtypes and strides, for tracing and compilation.
@@ -29,7 +30,27 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"roberta_fast::{name}", fake, lib=_library)
-    return getattr(torch.ops.roberta_fast, name).default
+    operator = getattr(torch.ops.roberta_fast, name).default
+
+    def call(*arguments):
+        return run(*arguments) if _is_plain_call(arguments) else operator(*arguments)
+
+    return call
+
+
+def _is_plain_call(arguments):
+    """True where nobody watches: no gradient, transform, mode or subclass. There torch's dispatcher, about 25 µs a call for an
+    operation written in Python, would only find its way to the implementation."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    records = torch.is_grad_enabled()
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and (type(argument) not in _PLAIN or (records and argument.requires_grad)):
+            return False
+    return True
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
@@ -101,7 +122,12 @@ def facts_of(
     tensor: torch.Tensor, head_dim: int | None = None, device_rows: bool = False, deterministic: bool = False
 ) -> dispatch.Facts:
     """The static facts that ``dispatch.choose`` needs, read off an operation's main tensor."""
-    return dispatch.Facts(tensor.device.type, str(tensor.dtype).removeprefix("torch."), head_dim, device_rows, deterministic)
+    return dispatch.Facts(tensor.device.type, _dtype_name(tensor.dtype), head_dim, device_rows, deterministic)
+
+
+@functools.cache
+def _dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def refuse(argument: str, value: object, expected: object) -> NoReturn:
