@@ -141,8 +141,8 @@ def _drop(weights, segment, query_only, dropout_p, seed):
         return weights
     skip = 0 if query_only is None else int(query_only[segment])
     heads, n, m = weights.shape
-    rows = torch.arange(n, device=weights.device)
-    keep = torch.stack([dropout.keep_mask(seed, dropout_p, rows, m + skip, h, segment)[:, skip:] for h in range(heads)])
+    rows, heads = (torch.arange(size, device=weights.device) for size in (n, heads))
+    keep = dropout.keep_mask(seed, dropout_p, rows, m + skip, heads, segment)[..., skip:]
     return torch.where(keep, weights * dropout.scale(dropout_p), 0)
 
 

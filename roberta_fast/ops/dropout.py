@@ -48,19 +48,20 @@ def philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[torch
 
 
 def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low and high words of the 64-bit product of two 32-bit words, in int64 arithmetic without overflow."""
-    low_half = (a & 0xFFFF) * b
-    high_half = (a >> 16) * b + (low_half >> 16)
-    return ((high_half & 0xFFFF) << 16) | (low_half & 0xFFFF), high_half >> 16
+    """Low and high words of the 64-bit product of two 32-bit words; int64 products wrap, and so keep all 64 bits."""
+    product = a * b
+    return product & _WORD, (product >> 32) & _WORD
 
 
-def keep_mask(seed: torch.Tensor, p: float, rows: torch.Tensor, columns: int, head: int = 0, segment: int = 0) -> torch.Tensor:
-    """The bool [len(rows), columns] mask of elements that dropout keeps.
+def keep_mask(
+    seed: torch.Tensor, p: float, rows: torch.Tensor, columns: int, head: int | torch.Tensor = 0, segment: int = 0
+) -> torch.Tensor:
+    """The bool [len(rows), columns] mask of elements that dropout keeps; [H, len(rows), columns] where head is a tensor [H].
 
     seed: int64 tensor of one element. rows: int64 [R] row coordinates. head, segment: the other coordinates.
     """
     groups = torch.arange((columns + 7) // 8, device=rows.device)
-    zero = torch.zeros((), dtype=torch.int64, device=rows.device)
-    words = philox(seed.reshape(()), (groups[None, :], rows[:, None], zero + head, zero + segment))
-    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return draws.flatten(-2)[:, :columns] >= threshold(p)
+    head, segment = (torch.as_tensor(c, dtype=torch.int64, device=rows.device)[..., None, None] for c in (head, segment))
+    words = philox(seed.reshape(()), (groups, rows[:, None], head, segment))
+    draws = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack([draw >= threshold(p) for draw in draws], dim=-1).flatten(-2)[..., :columns]
