@@ -50,6 +50,8 @@ class FastLayer:
         if batch.options.deterministic:
             _refuse_other_bits(parts, reason)
         if reason:
+            if batch.is_flattened:
+                raise NotImplementedError(f"roberta_fast: the stock layer would run, {reason}, {_SEE_EACH_OTHER}")
             return self._stock_block(hidden_states, batch)
         if hidden_states.dim() == 2:
             return self._block(hidden_states, batch, parts)
@@ -65,8 +67,8 @@ class FastLayer:
             *_query_key_value(rows, parts, batch.options.deterministic),
             batch.cu_seqlens,
             batch.cu_seqlens,
-            batch.seqlen,
-            batch.seqlen,
+            batch.max_seqlen,
+            batch.max_seqlen,
             scale=parts.attention.scaling,
             query_only=batch.query_only,
             dropout_p=p_attention,
@@ -84,6 +86,7 @@ class FastLayer:
         return padded if hidden_states.dim() == 3 else batch.pack(padded)
 
 
+_SEE_EACH_OTHER = "where texts divided by cu_seq_lens_q see each other"
 _NOT_DETERMINISTIC = "which deterministic=True forbids: its bits depend on the batch"
 
 
@@ -166,7 +169,8 @@ class FastEncoder:
         """The encoder's output, ``last_hidden_state`` [B, S, C], zeros at padding.
 
         hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, or None. Any 4D mask, decoder
-        mode, a cache, cross-attention or requested attentions take the stock path. Raises ValueError naming a mask that does
+        mode, a cache, cross-attention or requested attentions take the stock path. Texts laid one after the other in one row
+        come with ``cu_seq_lens_q`` and ``max_length_q``, as from ``DataCollatorWithFlattening``, and do not see each other. Raises ValueError naming a mask that does
         not fit, or a parameter of another dtype.
         """
         mask = padding_mask.padding_of(attention_mask)
@@ -176,7 +180,10 @@ class FastEncoder:
             or _call_objection(encoder_hidden_states, past_key_values, collected)
             or _mask_objection(mask, _config_of(self))
         )
+        flattened = kwargs.get("cu_seq_lens_q")
         if reason:
+            if flattened is not None and "flash" not in str(_config_of(self)._attn_implementation):
+                raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {_SEE_EACH_OTHER}")
             self._report(reason)
             if isinstance(mask, torch.Tensor) and mask.shape == hidden_states.shape[:2]:
                 attention_mask = padding_mask.stock_mask(layer_parts(self.layer[0]).attention, mask, hidden_states)
@@ -191,7 +198,13 @@ class FastEncoder:
         if mask is not None and mask.shape != hidden_states.shape[:2]:
             expected, got = tuple(hidden_states.shape[:2]), tuple(mask.shape)
             raise ValueError(f"attention_mask must be [B, S] = {expected} as hidden_states has it, got {got}")
-        batch = PackedBatch.of(hidden_states, mask, self.fast_options)
+        if flattened is not None and mask is not None:
+            raise ValueError(f"attention_mask must be None where cu_seq_lens_q divides the row, got {tuple(mask.shape)}")
+        batch = (
+            PackedBatch.of(hidden_states, mask, self.fast_options)
+            if flattened is None
+            else PackedBatch.of_flattened(hidden_states, flattened, kwargs.get("max_length_q"), self.fast_options)
+        )
         watched = "hidden_states" in collected or any(_is_watched(layer) for layer in self.layer)
         rows = hidden_states if watched else batch.pack(hidden_states)
         try:

@@ -15,7 +15,8 @@ class PackedBatch(NamedTuple):
     cu_seqlens: int32 [B + 1], where each sequence begins among the rows, and the end.
     query_only: int32 [B], 1 where position 0 is padding, hence asks but is not seen; None without padding.
     mask: [B, S] the padding mask as it came, nonzero at real tokens, or None.
-    batch, seqlen: B and S. options: how the layers compute.
+    batch, seqlen: B and S. max_seqlen: an upper bound on the sequences' lengths. options: how the layers compute.
+    The caller may have packed: then cu_seqlens divides the one row of [1, S].
     """
 
     indices: torch.Tensor | None
@@ -24,6 +25,7 @@ class PackedBatch(NamedTuple):
     mask: torch.Tensor | None
     batch: int
     seqlen: int
+    max_seqlen: int
     options: FastOptions
 
     @classmethod
@@ -32,12 +34,27 @@ class PackedBatch(NamedTuple):
         batch, seqlen = hidden_states.shape[:2]
         if mask is None:
             cu_seqlens = torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=hidden_states.device)
-            return cls(None, cu_seqlens, None, None, batch, seqlen, options)
+            return cls(None, cu_seqlens, None, None, batch, seqlen, seqlen, options)
         indices, cu_seqlens, _, query_only = ops.pack_indices(mask, backend=options.backend)
         # A compiled graph serves every number of real tokens and cannot branch on it.
         if not torch.compiler.is_compiling() and indices.shape[0] == batch * seqlen:
             indices = None
-        return cls(indices, cu_seqlens, query_only, mask, batch, seqlen, options)
+        return cls(indices, cu_seqlens, query_only, mask, batch, seqlen, seqlen, options)
+
+    @classmethod
+    def of_flattened(
+        cls, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None, options: FastOptions
+    ) -> "PackedBatch":
+        """Texts that the caller laid one after the other in ``hidden_states`` [1, S, C]; cu_seqlens: integer [B + 1]."""
+        batch, seqlen = hidden_states.shape[:2]
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q divides one row, [1, S, C], but hidden_states is {tuple(hidden_states.shape)}")
+        return cls(None, cu_seqlens.int(), None, None, batch, seqlen, min(max_seqlen or seqlen, seqlen), options)
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether the texts came packed, so that a padded path would let them see each other."""
+        return self.cu_seqlens.shape[0] != self.batch + 1 or self.max_seqlen != self.seqlen
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """The real rows [N, C] of x [B, S, C]."""

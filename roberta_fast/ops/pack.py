@@ -79,7 +79,7 @@ def pack_ref(x, indices, count=None):
 def unpack_ref(rows, indices, batch, seqlen, count=None):
     """Scatters; rows from ``count`` on add zeros to the last position."""
     padded = rows.new_zeros(batch, seqlen, rows.shape[1])
-    flat = padded.view(-1, rows.shape[1])
+    flat = padded.flatten(0, 1)  # a view of it, also where it has no columns
     if count is None:
         flat[indices] = rows
     else:
