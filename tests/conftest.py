@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -41,6 +42,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Drawn cases: the same ones in every run, and many others under --slow. A failure prints what draws it again.
+    settings.register_profile("normal", deadline=None, derandomize=True)
+    settings.register_profile("slow", deadline=None, max_examples=3300, print_blob=True)
+    settings.load_profile("slow" if config.getoption("--slow") else "normal")
     # Triton's interpreter converts one-element arrays in a way that numpy has announced to drop, and computes masked lanes too.
     for category in ("Deprecation", "Runtime"):
         config.addinivalue_line("filterwarnings", f"ignore::{category}Warning:triton.runtime.interpreter")
