@@ -1,4 +1,4 @@
-"""The fast layer and encoder: Hugging Face's own modules, with a forward that packs once and runs on fused operations.
+"""The fast encoder: Hugging Face's own modules, with a forward that packs once and runs on fused operations.
 
 One mechanism serves every way in. The mixins ``FastLayer`` and ``FastEncoder`` stand before a stock class; the resulting
 subclasses (``RobertaLayer``, ``RobertaEncoder``, ... of this module) are put in place by assigning ``__class__``, so the
@@ -17,134 +17,20 @@ from transformers.models.roberta.modeling_roberta import RobertaEncoder as Stock
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from roberta_fast import ops, padding_mask
-from roberta_fast.deterministic import Linear, set_deterministic
+from roberta_fast import padding_mask
+from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
     Family,
-    LayerParts,
     family_of,
     family_of_encoder,
     family_of_layer,
-    gelu_form,
-    is_plain,
     layer_parts,
     unwrapped,
 )
-from roberta_fast.ops import dropout
+from roberta_fast.layer import NOT_DETERMINISTIC, SEE_EACH_OTHER, FastLayer, is_watched
 from roberta_fast.options import FastOptions
 from roberta_fast.packing import PackedBatch
-
-
-class FastLayer:
-    """Mixin before a stock layer class: the post-LayerNorm block on packed rows."""
-
-    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
-        """One block. With a ``PackedBatch`` as attention_mask: packed rows [N, C] in and out, or [B, S, C] in and out
-        where someone between the layers wants to see that shape. With anything else: the stock layer."""
-        if not isinstance(attention_mask, PackedBatch):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        batch = attention_mask
-        parts = layer_parts(self)
-        reason = layer_objection(self, parts)
-        if batch.options.deterministic:
-            _refuse_other_bits(parts, reason)
-        if reason:
-            if batch.is_flattened:
-                raise NotImplementedError(f"roberta_fast: the stock layer would run, {reason}, {_SEE_EACH_OTHER}")
-            return self._stock_block(hidden_states, batch)
-        if hidden_states.dim() == 2:
-            return self._block(hidden_states, batch, parts)
-        return batch.unpack(self._block(batch.pack(hidden_states), batch, parts))
-
-    def _block(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
-        p_attention, p_projection, p_output = (
-            module.p if module is not None and module.training else 0.0
-            for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
-        )
-        seeds = dropout.new_seeds(3, rows.device) if p_attention or p_projection or p_output else None
-        context = ops.attention(
-            *_query_key_value(rows, parts, batch.options.deterministic),
-            batch.cu_seqlens,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            batch.max_seqlen,
-            scale=parts.attention.scaling,
-            query_only=batch.query_only,
-            dropout_p=p_attention,
-            seed=seeds[0:1] if p_attention else None,
-            deterministic=batch.options.deterministic,
-            backend=batch.options.backend,
-        )
-        projected = parts.attention_output(context.flatten(1))
-        rows = _add_norm(projected, rows, parts.attention_norm, p_projection, seeds, 1, batch)
-        return _add_norm(parts.output(_activated(rows, parts, batch)), rows, parts.output_norm, p_output, seeds, 2, batch)
-
-    def _stock_block(self, hidden_states, batch):
-        padded = hidden_states if hidden_states.dim() == 3 else batch.unpack(hidden_states)
-        padded = super().forward(padded, padding_mask.stock_mask(layer_parts(self).attention, batch.mask, padded))
-        return padded if hidden_states.dim() == 3 else batch.pack(padded)
-
-
-_SEE_EACH_OTHER = "where texts divided by cu_seq_lens_q see each other"
-_NOT_DETERMINISTIC = "which deterministic=True forbids: its bits depend on the batch"
-
-
-def _refuse_other_bits(parts, reason):
-    """Raises NotImplementedError where the stock layer would run, for ``reason``, or a linear layer that is none of ours."""
-    what = reason and f"the stock layer would run, {reason}"
-    for name in ("query", "key", "value", "attention_output", "intermediate", "output"):
-        for module in getattr(parts, name).modules():
-            if isinstance(module, nn.Linear) and not isinstance(module, Linear):
-                what = what or f"{name} would run a {type(module).__name__} that acceleration did not replace"
-    if what:
-        raise NotImplementedError(f"roberta_fast: {what}, {_NOT_DETERMINISTIC}")
-
-
-def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
-    """Why this layer cannot run fused now, or None: hooks inside it expect the stock modules' calls and shapes."""
-    for module in (*parts.containers, *parts[1:-1]):
-        if isinstance(module, nn.Module) and _foreign_hooks(module):
-            return f"a hook on {type(module).__name__}"
-    for module in parts.containers:
-        if "forward" in module.__dict__:
-            return f"a replaced forward of {type(module).__name__}"
-    return None
-
-
-def _query_key_value(rows, parts, deterministic):
-    """Three [N, H, D] views. One GEMM on CUDA, where concatenating the weights costs less than two more launches."""
-    projections = (parts.query, parts.key, parts.value)
-    heads = (-1, parts.attention.attention_head_size)
-    if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
-        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
-        return ops.linear(rows, weight, bias, deterministic=deterministic).unflatten(1, (3, *heads)).unbind(1)
-    return tuple(p(rows).unflatten(1, heads) for p in projections)
-
-
-def _activated(rows, parts, batch):
-    """activation(intermediate(rows)), fused where it is a GELU over a plain Linear."""
-    form = gelu_form(parts.activation)
-    if form is None or not is_plain(parts.intermediate, nn.Linear):
-        return parts.activation(parts.intermediate(rows))
-    return ops.linear_gelu(
-        rows,
-        parts.intermediate.weight,
-        parts.intermediate.bias,
-        approximate=form,
-        deterministic=batch.options.deterministic,
-        backend=batch.options.backend,
-    )
-
-
-def _add_norm(x, residual, norm, p, seeds, index, batch):
-    """norm(residual + dropout(x)), fused where norm is a plain LayerNorm."""
-    seed = seeds[index : index + 1] if p else None
-    if not is_plain(norm, nn.LayerNorm):
-        return norm(residual + nn.functional.dropout(x, p))
-    return ops.add_layer_norm(
-        x, residual, norm.weight, norm.bias, norm.eps, dropout_p=p, seed=seed, backend=batch.options.backend
-    )
 
 
 class FastEncoder:
@@ -170,8 +56,8 @@ class FastEncoder:
 
         hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, or None. Any 4D mask, decoder
         mode, a cache, cross-attention or requested attentions take the stock path. Texts laid one after the other in one row
-        come with ``cu_seq_lens_q`` and ``max_length_q``, as from ``DataCollatorWithFlattening``, and do not see each other. Raises ValueError naming a mask that does
-        not fit, or a parameter of another dtype.
+        come with ``cu_seq_lens_q`` and ``max_length_q``, as from ``DataCollatorWithFlattening``, and do not see each other.
+        Raises ValueError naming a mask that does not fit, or a parameter of another dtype.
         """
         mask = padding_mask.padding_of(attention_mask)
         collected = _active_collector.get() or ()
@@ -183,7 +69,7 @@ class FastEncoder:
         flattened = kwargs.get("cu_seq_lens_q")
         if reason:
             if flattened is not None and "flash" not in str(_config_of(self)._attn_implementation):
-                raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {_SEE_EACH_OTHER}")
+                raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {SEE_EACH_OTHER}")
             self._report(reason)
             if isinstance(mask, torch.Tensor) and mask.shape == hidden_states.shape[:2]:
                 attention_mask = padding_mask.stock_mask(layer_parts(self.layer[0]).attention, mask, hidden_states)
@@ -205,7 +91,7 @@ class FastEncoder:
             if flattened is None
             else PackedBatch.of_flattened(hidden_states, flattened, kwargs.get("max_length_q"), self.fast_options)
         )
-        watched = "hidden_states" in collected or any(_is_watched(layer) for layer in self.layer)
+        watched = "hidden_states" in collected or any(is_watched(layer) for layer in self.layer)
         rows = hidden_states if watched else batch.pack(hidden_states)
         try:
             for layer in self.layer:
@@ -220,7 +106,7 @@ class FastEncoder:
     def _report(self, reason: str) -> None:
         """Counts a call that takes the stock path; warns of each reason once. Traced code stays silent."""
         if self.fast_options.deterministic or self.fast_options.on_unsupported == "error":
-            refused = _NOT_DETERMINISTIC if self.fast_options.deterministic else "and on_unsupported='error'"
+            refused = NOT_DETERMINISTIC if self.fast_options.deterministic else "and on_unsupported='error'"
             raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {refused}")
         if torch.compiler.is_compiling():
             return
@@ -267,23 +153,6 @@ def _mixed_dtype(encoder, dtype):
         if parameter.is_floating_point() and parameter.dtype != dtype:
             return f"{name} is {parameter.dtype}, but hidden_states are {dtype}: an encoder computes in one dtype"
     return None
-
-
-def _foreign_hooks(module: nn.Module) -> list:
-    """The hooks on a module, without Hugging Face's recording hooks: the active recording says what those want."""
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
-        return []
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return [hook for group in hooks for hook in group.values() if getattr(hook, "__name__", "") != "output_capturing_hook"]
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    """True where a hook on the layer may look at hidden states, so that they must have their stock shape [B, S, C].
-
-    Hooks that only manage parameters, as those of FSDP, do not look.
-    """
-    hooks = [hook for module in dict.fromkeys((layer, unwrapped(layer))) for hook in _foreign_hooks(module)]
-    return any(not getattr(hook, "__module__", "").startswith("torch.distributed") for hook in hooks)
 
 
 class FastRobertaEncoder(FastEncoder, StockRobertaEncoder):

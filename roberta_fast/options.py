@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from roberta_fast.dispatch import BACKENDS
 
+UNPAD = ("auto", "host", "device")
 ON_UNSUPPORTED = ("warn", "error", "ignore")
 
 
@@ -12,6 +13,9 @@ class FastOptions:
     """Options of ``accelerate_model``, ``FastRobertaEncoder`` and ``patch_transformers``.
 
     backend: ``"auto"`` takes the fastest able one for each operation; ``"triton"``, ``"cpp"`` or ``"torch"`` insists.
+    unpad: how padding is dropped. ``"host"`` sizes the packed rows exactly, for which the host waits for the device once in a
+        forward; ``"device"`` never waits: buffers have a row for every place of the batch, and kernels read on the device
+        how many are real. ``"auto"`` is ``"device"`` while a CUDA graph is captured, and ``"host"`` else.
     on_unsupported: what a call that must take the stock path does: ``"warn"`` once for each reason, raise an ``"error"``, or
         ``"ignore"`` it; ``explain`` shows the reason in any case.
     deterministic: a text gives bitwise the same outputs from run to run, alone, in any batch, at any place in it and on any
@@ -23,6 +27,7 @@ class FastOptions:
     """
 
     backend: str = "auto"
+    unpad: str = "auto"
     on_unsupported: str = "warn"
     deterministic: bool = False
 
@@ -31,5 +36,7 @@ class FastOptions:
             raise ValueError(f"backend={self.backend!r} is not one of {BACKENDS}")
         if not isinstance(self.deterministic, bool):
             raise ValueError(f"deterministic={self.deterministic!r} is not True or False")
+        if self.unpad not in UNPAD:
+            raise ValueError(f"unpad={self.unpad!r} is not one of {UNPAD}")
         if self.on_unsupported not in ON_UNSUPPORTED:
             raise ValueError(f"on_unsupported={self.on_unsupported!r} is not one of {ON_UNSUPPORTED}")

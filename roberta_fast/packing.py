@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from roberta_fast import ops
+from roberta_fast.ops.registration import real_rows
 from roberta_fast.options import FastOptions
 
 
@@ -15,6 +16,8 @@ class PackedBatch(NamedTuple):
     cu_seqlens: int32 [B + 1], where each sequence begins among the rows, and the end.
     query_only: int32 [B], 1 where position 0 is padding, hence asks but is not seen; None without padding.
     mask: [B, S] the padding mask as it came, nonzero at real tokens, or None.
+    count: int32 [1], how many of the rows are real, where only the device knows it: N is then B * S, and rows behind hold
+        anything. None: all are.
     batch, seqlen: B and S. max_seqlen: an upper bound on the sequences' lengths. options: how the layers compute.
     The caller may have packed: then cu_seqlens divides the one row of [1, S].
     """
@@ -23,6 +26,7 @@ class PackedBatch(NamedTuple):
     cu_seqlens: torch.Tensor
     query_only: torch.Tensor | None
     mask: torch.Tensor | None
+    count: torch.Tensor | None
     batch: int
     seqlen: int
     max_seqlen: int
@@ -34,12 +38,14 @@ class PackedBatch(NamedTuple):
         batch, seqlen = hidden_states.shape[:2]
         if mask is None:
             cu_seqlens = torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=hidden_states.device)
-            return cls(None, cu_seqlens, None, None, batch, seqlen, seqlen, options)
-        indices, cu_seqlens, _, query_only = ops.pack_indices(mask, backend=options.backend)
+            return cls(None, cu_seqlens, None, None, None, batch, seqlen, seqlen, options)
+        on_device = options.unpad == "device" or (options.unpad == "auto" and _is_capturing(mask))
+        capacity = batch * seqlen if on_device else None
+        indices, cu_seqlens, count, query_only = ops.pack_indices(mask, capacity, backend=options.backend)
         # A compiled graph serves every number of real tokens and cannot branch on it.
-        if not torch.compiler.is_compiling() and indices.shape[0] == batch * seqlen:
+        if not on_device and not torch.compiler.is_compiling() and indices.shape[0] == batch * seqlen:
             indices = None
-        return cls(indices, cu_seqlens, query_only, mask, batch, seqlen, seqlen, options)
+        return cls(indices, cu_seqlens, query_only, mask, count if on_device else None, batch, seqlen, seqlen, options)
 
     @classmethod
     def of_flattened(
@@ -49,7 +55,7 @@ class PackedBatch(NamedTuple):
         batch, seqlen = hidden_states.shape[:2]
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q divides one row, [1, S, C], but hidden_states is {tuple(hidden_states.shape)}")
-        return cls(None, cu_seqlens.int(), None, None, batch, seqlen, min(max_seqlen or seqlen, seqlen), options)
+        return cls(None, cu_seqlens.int(), None, None, None, batch, seqlen, min(max_seqlen or seqlen, seqlen), options)
 
     @property
     def is_flattened(self) -> bool:
@@ -58,10 +64,18 @@ class PackedBatch(NamedTuple):
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """The real rows [N, C] of x [B, S, C]."""
-        return x.flatten(0, 1) if self.indices is None else ops.pack(x, self.indices, backend=self.options.backend)
+        return x.flatten(0, 1) if self.indices is None else ops.pack(x, self.indices, self.count, backend=self.options.backend)
 
     def unpack(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows [N, C] at their places in [B, S, C], zeros at padding."""
         if self.indices is None:
             return rows.view(self.batch, self.seqlen, rows.shape[-1])
-        return ops.unpack(rows, self.indices, self.batch, self.seqlen, backend=self.options.backend)
+        return ops.unpack(rows, self.indices, self.batch, self.seqlen, self.count, backend=self.options.backend)
+
+    def real(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [N, C] with zeros where they are not real, for modules that would take what stands there into a sum."""
+        return real_rows(rows, self.count)
+
+
+def _is_capturing(mask):
+    return not torch.compiler.is_compiling() and mask.is_cuda and torch.cuda.is_current_stream_capturing()

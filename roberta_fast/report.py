@@ -9,8 +9,9 @@ from torch import nn
 
 from roberta_fast import dispatch
 from roberta_fast.accelerate import fast_encoders, restore_model
-from roberta_fast.encoder import encoder_objection, layer_objection
+from roberta_fast.encoder import encoder_objection
 from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
+from roberta_fast.layer import layer_objection
 from roberta_fast.ops.registration import facts_of
 
 

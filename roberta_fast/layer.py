@@ -1,0 +1,144 @@
+"""The fast layer: the post-LayerNorm block on packed rows, around the modules of a stock layer."""
+
+import torch
+from torch import nn
+
+from roberta_fast import ops, padding_mask
+from roberta_fast.deterministic import Linear
+from roberta_fast.families import LayerParts, gelu_form, is_plain, layer_parts, unwrapped
+from roberta_fast.ops import dropout
+from roberta_fast.packing import PackedBatch
+
+
+class FastLayer:
+    """Mixin before a stock layer class: the post-LayerNorm block on packed rows."""
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        """One block. With a ``PackedBatch`` as attention_mask: packed rows [N, C] in and out, or [B, S, C] in and out
+        where someone between the layers wants to see that shape. With anything else: the stock layer."""
+        if not isinstance(attention_mask, PackedBatch):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        batch = attention_mask
+        parts = layer_parts(self)
+        reason = layer_objection(self, parts)
+        if batch.options.deterministic:
+            _refuse_other_bits(parts, reason)
+        if reason:
+            if batch.is_flattened:
+                raise NotImplementedError(f"roberta_fast: the stock layer would run, {reason}, {SEE_EACH_OTHER}")
+            return self._stock_block(hidden_states, batch)
+        if hidden_states.dim() == 2:
+            return self._block(hidden_states, batch, parts)
+        return batch.unpack(self._block(batch.pack(hidden_states), batch, parts))
+
+    def _block(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
+        p_attention, p_projection, p_output = (
+            module.p if module is not None and module.training else 0.0
+            for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
+        )
+        seeds = dropout.new_seeds(3, rows.device) if p_attention or p_projection or p_output else None
+        context = ops.attention(
+            *_query_key_value(rows, parts, batch),
+            batch.cu_seqlens,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            batch.max_seqlen,
+            scale=parts.attention.scaling,
+            query_only=batch.query_only,
+            dropout_p=p_attention,
+            seed=seeds[0:1] if p_attention else None,
+            **_how(batch),
+        )
+        projected = _linear(parts.attention_output, context.flatten(1), batch)
+        rows = _add_norm(projected, rows, parts.attention_norm, p_projection, seeds, 1, batch)
+        expanded = _linear(parts.output, _activated(rows, parts, batch), batch)
+        return _add_norm(expanded, rows, parts.output_norm, p_output, seeds, 2, batch)
+
+    def _stock_block(self, hidden_states, batch):
+        padded = hidden_states if hidden_states.dim() == 3 else batch.unpack(hidden_states)
+        padded = super().forward(padded, padding_mask.stock_mask(layer_parts(self).attention, batch.mask, padded))
+        return padded if hidden_states.dim() == 3 else batch.pack(padded)
+
+
+SEE_EACH_OTHER = "where texts divided by cu_seq_lens_q see each other"
+NOT_DETERMINISTIC = "which deterministic=True forbids: its bits depend on the batch"
+
+
+def _refuse_other_bits(parts, reason):
+    """Raises NotImplementedError where the stock layer would run, for ``reason``, or a linear layer that is none of ours."""
+    what = reason and f"the stock layer would run, {reason}"
+    for name in ("query", "key", "value", "attention_output", "intermediate", "output"):
+        for module in getattr(parts, name).modules():
+            if isinstance(module, nn.Linear) and not isinstance(module, Linear):
+                what = what or f"{name} would run a {type(module).__name__} that acceleration did not replace"
+    if what:
+        raise NotImplementedError(f"roberta_fast: {what}, {NOT_DETERMINISTIC}")
+
+
+def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
+    """Why this layer cannot run fused now, or None: hooks inside it expect the stock modules' calls and shapes."""
+    for module in (*parts.containers, *parts[1:-1]):
+        if isinstance(module, nn.Module) and foreign_hooks(module):
+            return f"a hook on {type(module).__name__}"
+    for module in parts.containers:
+        if "forward" in module.__dict__:
+            return f"a replaced forward of {type(module).__name__}"
+    return None
+
+
+def _linear(module, rows, batch):
+    """module(rows), by the operation that reads the number of real rows on the device where the host does not know it."""
+    if batch.count is None:
+        return module(rows)
+    if is_plain(module, nn.Linear):
+        return ops.linear(rows, module.weight, module.bias, count=batch.count, **_how(batch))
+    return batch.real(module(batch.real(rows)))
+
+
+def _how(batch):
+    return {"deterministic": batch.options.deterministic, "backend": batch.options.backend}
+
+
+def _query_key_value(rows, parts, batch):
+    """Three [N, H, D] views. One GEMM on CUDA, where concatenating the weights costs less than two more launches."""
+    projections = (parts.query, parts.key, parts.value)
+    heads = (-1, parts.attention.attention_head_size)
+    if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
+        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
+        return ops.linear(rows, weight, bias, count=batch.count, **_how(batch)).unflatten(1, (3, *heads)).unbind(1)
+    return tuple(_linear(p, rows, batch).unflatten(1, heads) for p in projections)
+
+
+def _activated(rows, parts, batch):
+    """activation(intermediate(rows)), fused where it is a GELU over a plain Linear."""
+    form = gelu_form(parts.activation)
+    if form is None or not is_plain(parts.intermediate, nn.Linear):
+        return parts.activation(_linear(parts.intermediate, rows, batch))
+    weight, bias = parts.intermediate.weight, parts.intermediate.bias
+    return ops.linear_gelu(rows, weight, bias, approximate=form, count=batch.count, **_how(batch))
+
+
+def _add_norm(x, residual, norm, p, seeds, index, batch):
+    """norm(residual + dropout(x)), fused where norm is a plain LayerNorm."""
+    seed = seeds[index : index + 1] if p else None
+    if not is_plain(norm, nn.LayerNorm):
+        return batch.real(norm(batch.real(residual + nn.functional.dropout(x, p))))
+    options = {"dropout_p": p, "seed": seed, "count": batch.count, "backend": batch.options.backend}
+    return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, **options)
+
+
+def foreign_hooks(module: nn.Module) -> list:
+    """The hooks on a module, without Hugging Face's recording hooks: the active recording says what those want."""
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return []
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [hook for group in hooks for hook in group.values() if getattr(hook, "__name__", "") != "output_capturing_hook"]
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """True where a hook on the layer may look at hidden states, so that they must have their stock shape [B, S, C].
+
+    Hooks that only manage parameters, as those of FSDP, do not look.
+    """
+    hooks = [hook for module in dict.fromkeys((layer, unwrapped(layer))) for hook in foreign_hooks(module)]
+    return any(not getattr(hook, "__module__", "").startswith("torch.distributed") for hook in hooks)
