@@ -32,6 +32,7 @@ test: install
 
 test-all: install
 	$(BIN)/pytest --slow
+	$(BIN)/python tests/version_matrix.py
 
 bench: install
 	$(BIN)/roberta-fast bench
