@@ -1,42 +1,23 @@
-"""Drawn cases: each operation on each backend against plain PyTorch in float64, and whole models against the stock ones.
+"""Drawn cases: each operation on each backend against plain PyTorch in float64.
 
 A result is held to the rules of ``roberta_fast.testing``. On tensors this small PyTorch's own error may be nought by chance; so
 the yardstick is its error or what two units in the last place of the inputs do to the exact result, whichever is larger.
 """
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import DTYPES, NARROWEST, WITHOUT_CPP, cases, last_bits_changed, masks, sizes, values
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel
 
-from roberta_fast import accelerate_model, dispatch, explain, ops
+from roberta_fast import ops
 from roberta_fast.ops import dropout
-from roberta_fast.testing import assert_close_as_torch, random_inputs, randomize, segment_bounds, tiny_config
+from roberta_fast.testing import assert_close_as_torch, segment_bounds
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WITHOUT_CPP = pytest.mark.skipif(dispatch.load_cpp() is not None, reason=str(dispatch.load_cpp()))
 BACKENDS = pytest.mark.parametrize("backend", [pytest.param("cpp", marks=WITHOUT_CPP), "torch"])
-MODEL_TYPES = ["roberta", "bert", "xlm-roberta", "camembert", "distilbert", "electra", "ernie", "data2vec-text", "roc_bert"]
-MODEL_TYPES += ["bert-generation", "splinter"]
 
-
-def cases(number):
-    """So many drawn cases; ``--slow`` takes 33 times as many, other ones each time (see conftest.py)."""
-    return settings(max_examples=number * settings.default.max_examples // 100, suppress_health_check=[HealthCheck.too_slow])
-
-
-def sizes(most, least=1):
-    """Mostly small ones, as that is where edges are, but up to ``most``."""
-    return st.integers(least, min(most, 9)) | st.integers(least, most)
-
-
-# In narrower rows LayerNorm may hang on the rounding of the mean alone, which its own tests allow for.
-NARROWEST = 16
-rows, columns, values = sizes(150, 0), sizes(90), st.integers(0, 99)
+rows, columns = sizes(150, 0), sizes(90)
 probabilities = st.sampled_from([0.0, 0.1, 0.5])
 
 
@@ -61,13 +42,6 @@ def both_passes(function, tensors, dout):
     out = function(**leaves)
     named = {name: t for name, t in leaves.items() if t is not None}
     return {"out": out.detach(), **dict(zip(named, torch.autograd.grad(out, list(named.values()), dout), strict=True))}
-
-
-def last_bits_changed(tensors, eps, seed):
-    """The tensors in float64, each element up or down by ``2 * eps`` of itself."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = {name: t if t is None else torch.randint(0, 2, t.shape, generator=generator) * 2 - 1 for name, t in tensors.items()}
-    return {name: t if t is None else t.double() * (1 + 2 * eps * signs[name]) for name, t in tensors.items()}
 
 
 def check(function, plain, tensors, dout, backend, join=lambda results: results):
@@ -104,21 +78,6 @@ def behind_the_count(function, real, behind):
         return out[:real]
 
     return run
-
-
-@st.composite
-def masks(draw):
-    """[B, S]: rows padded on the right, on the left, with holes, full, or without a token."""
-    seqlen = draw(sizes(40))
-    length = st.integers(1, seqlen)
-    row = st.one_of(
-        st.just([1] * seqlen),
-        length.map(lambda n: [1] * n + [0] * (seqlen - n)),
-        length.map(lambda n: [0] * (seqlen - n) + [1] * n),
-        st.lists(st.integers(0, 1), min_size=seqlen, max_size=seqlen),
-        st.just([0] * seqlen),
-    )
-    return torch.tensor(draw(st.lists(row, min_size=1, max_size=5)))
 
 
 @BACKENDS
@@ -349,83 +308,6 @@ def test_a_segment_alone_has_the_same_bits(data, lengths, heads, head_dim, causa
     alone = run([lengths[one]], own, own.pop("dout"))
     for name, result in alone.items():
         assert torch.equal(together[name].split(lengths)[one], result), name
-
-
-@st.composite
-def configs(draw, deterministic):
-    """Arguments of ``tiny_config``."""
-    model_type, heads = draw(st.sampled_from(MODEL_TYPES)), draw(st.integers(1, 4))
-    size = heads * draw(st.integers(16 if deterministic else -(-NARROWEST // heads), 33))
-    activation = draw(st.sampled_from(["gelu", "relu"] if deterministic else ["gelu", "relu", "gelu_new", "silu"]))
-    inner, act = ("hidden_dim", "activation") if model_type == "distilbert" else ("intermediate_size", "hidden_act")
-    attention = "eager" if model_type == "splinter" else draw(st.sampled_from(["eager", "sdpa"]))
-    return {
-        "model_type": model_type,
-        "num_hidden_layers": draw(st.integers(1, 2)),
-        "num_attention_heads": heads,
-        "hidden_size": size,
-        "embedding_size": size,
-        inner: draw(sizes(70)),
-        act: activation,
-        "attn_implementation": attention,
-    }
-
-
-NO_DROPOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"), 0.0)
-
-
-def encoded(model, inputs, weights):
-    """The last hidden state, and the gradients of all that has one, as one vector."""
-    model.zero_grad()
-    states = model(**inputs)[0]
-    (states * weights.to(states.dtype)).sum().backward()
-    return states.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("options", [
-    {}, {"backend": "torch"}, pytest.param({"deterministic": True}, marks=WITHOUT_CPP),
-], ids=["auto", "torch", "deterministic"])  # fmt: skip
-@cases(15)
-@given(data=st.data(), mask=masks(), training=st.booleans(), seed=values)
-def test_models(options, data, mask, training, seed):
-    """Against the stock model, where a result is read: at real tokens and position 0, but not in a row without a token."""
-    deterministic = "deterministic" in options
-    config = tiny_config(**data.draw(configs(deterministic), label="config"), **NO_DROPOUT)
-    dtype = torch.float32 if deterministic else DTYPES[data.draw(st.sampled_from(list(DTYPES)), label="dtype")]
-    model = randomize(AutoModel.from_config(config), seed).to(dtype).train(training)
-    seen = mask.bool() | (torch.arange(mask.shape[1]) == 0)
-    seen[mask.sum(1) == 0] = False
-    inputs, some = random_inputs(mask, model.config), mask.any(1)
-    assume(some.any())
-    fewer = {name: t[some] for name, t in inputs.items()}
-    weights = torch.randn(*mask.shape, model.config.hidden_size, generator=torch.Generator().manual_seed(1)) * seen[..., None]
-    exact, moved = copy.deepcopy(model).double(), copy.deepcopy(model).double()
-    exact.load_state_dict({name: t.double() for name, t in model.state_dict().items()})
-    moved.load_state_dict(last_bits_changed(dict(exact.state_dict()), torch.finfo(model.dtype).eps, 0) | buffers(exact))
-    stock = encoded(model, fewer, weights[some])
-    exactly, otherwise = (encoded(m, fewer, weights[some]) for m in (exact, moved))
-    states, gradients = encoded(accelerate_model(model, **options), inputs, weights)
-    assert states.isfinite().all() and explain(model).stock_calls == {}
-    assert not states[~seen & (torch.arange(mask.shape[1]) > 0)].any(), "padding must come back as zeros"
-    real = seen[some]
-    for name, fast, factor, *others in (
-        ("states", states[seen], 2.0, *(s[0][real] for s in (stock, exactly, otherwise))),
-        ("gradients", gradients, 3.0, *(s[1] for s in (stock, exactly, otherwise))),
-    ):
-        theirs, wanted, near = others
-        worst = max(theirs.double(), near, key=lambda t, wanted=wanted: (t - wanted).abs().max() if t.numel() else 0)
-        assert_close_as_torch(fast, worst, wanted, factor=factor, name=name)
-    if deterministic:
-        with torch.no_grad():
-            for row in range(len(mask)):
-                alone = model(**{name: t[row : row + 1] for name, t in inputs.items()})[0]
-                assert torch.equal(alone[0], states[row])
-
-
-def buffers(model):
-    """What no gradient reaches, as it is."""
-    return {name: t for name, t in model.state_dict().items() if name in dict(model.named_buffers())}
 
 
 def bias_gradient_dropped(linear_gelu):
