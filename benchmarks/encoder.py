@@ -193,12 +193,20 @@ def _prepare(args) -> list[Comparison]:
     comparisons = []
     for model in models:
         ragged = _ragged(args, model.config, count, longest)
-        batches = [ragged, *_argument("--dense", lambda s, m=model: _dense(s, m.config), args.dense or DENSE[device])]
+        batches = [
+            ragged,
+            *_argument("--dense", lambda s, m=model: _dense(s, m.config), args.dense or _fitting(DENSE[device], model.config)),
+        ]
         if not model.training:
             batches.append(shapes.batch_of(LATENCY, [LATENCY_LENGTH], model.config))
         model, batches = model.to(device, dtype), [batch.to(device) for batch in batches]
         comparisons.append(Comparison(args.model, model, batches, peers, args.repeats, args.title, args.commit))
     return comparisons
+
+
+def _fitting(sizes, config):
+    """The default sizes, no longer than the model takes."""
+    return list(dict.fromkeys((rows, min(seqlen, shapes.longest_sequence(config))) for rows, seqlen in sizes))
 
 
 def _dense(sizes, config):

@@ -53,6 +53,8 @@ def patch_transformers(model_types: list[str] | None = None, options: FastOption
     Raises ValueError naming an unsupported type, or for ``deterministic``; nothing is patched then.
     """
     options = _options(options, overrides)
+    if isinstance(model_types, str):
+        raise ValueError(f"model_types must be a list, such as [{model_types!r}], got {model_types!r}")
     if options.deterministic:
         raise ValueError("deterministic=True reaches heads only through accelerate_model, not through patch_transformers")
     for family in FAMILIES if model_types is None else [family_of(model_type) for model_type in model_types]:
@@ -89,4 +91,6 @@ def _owners(model, encoder):
 
 def fast_encoders(model: nn.Module) -> list[nn.Module]:
     """The accelerated encoders inside ``model``."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a loaded model, a torch.nn.Module, got {model!r:.80}")
     return [module for module in model.modules() if isinstance(module, fast.FastEncoder)]

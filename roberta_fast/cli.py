@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.metadata
 import sys
 
 COMMANDS = {
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs ``roberta-fast <command> ...`` and returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="roberta-fast", description="A drop-in, accelerated RoBERTa and BERT encoder.")
+    parser.add_argument("--version", action="version", version=f"roberta-fast {importlib.metadata.version('roberta_fast')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, help_text) in COMMANDS.items():
         commands.add_parser(name, help=help_text, add_help=False)

@@ -36,6 +36,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     options = parser.parse_args(argv)
     try:
+        if options.json and not options.json.absolute().parent.is_dir():
+            raise DemoError(f"--json: there is no folder {str(options.json.absolute().parent)!r}")
         result = demo(options.model, options.text, options.batch_size, options.repeats, options.device)
     except DemoError as error:
         print(f"roberta-fast demo: {error}", file=sys.stderr)
@@ -74,8 +76,8 @@ def demo(model_name: str | None, text: Path | None, batch_size: int, repeats: in
         "backends": explanation.backends,
         "fallbacks": explanation.fallbacks,
         "stock_calls": explanation.stock_calls,
-        "max_abs_difference": max(p.max_abs_difference for p in parity),
-        "cosine": min(p.cosine for p in parity),
+        "max_abs_difference": torch.tensor([p.max_abs_difference for p in parity]).double().max().item(),
+        "cosine": torch.tensor([p.cosine for p in parity]).double().min().item(),
         "tokens_per_second": {kind: tokens / timing.median for kind, timing in times.items()},
         "times_faster": times["accelerated"].times_faster(times["stock"]),
         "peak_memory_bytes": {kind: measure.peak_memory(function, device) for kind, function in runs.items()},

@@ -59,7 +59,12 @@ class FastEncoder:
         come with ``cu_seq_lens_q`` and ``max_length_q``, as from ``DataCollatorWithFlattening``, and do not see each other.
         Raises ValueError naming a mask that does not fit, or a parameter of another dtype.
         """
+        if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() != 3 or hidden_states.shape[1] == 0:
+            got = tuple(hidden_states.shape) if isinstance(hidden_states, torch.Tensor) else type(hidden_states).__name__
+            raise ValueError(f"hidden_states must be [B, S, C] with S >= 1, got {got}")
         mask = padding_mask.padding_of(attention_mask)
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == 1:
+            mask = mask.expand(hidden_states.shape[0], -1)
         collected = _active_collector.get() or ()
         reason = (
             encoder_objection(self)
@@ -117,7 +122,11 @@ class FastEncoder:
 
 def encoder_objection(encoder: nn.Module) -> str | None:
     """Why this encoder always takes the stock path, or None."""
-    return "decoder mode" if getattr(_config_of(encoder), "is_decoder", False) else None
+    if getattr(_config_of(encoder), "is_decoder", False):
+        return "decoder mode"
+    # Such a function expects what the stock encoder passes.
+    replaced = next((layer for layer in map(unwrapped, encoder.layer) if "forward" in layer.__dict__), None)
+    return None if replaced is None else f"a replaced forward of {type(replaced).__name__}"
 
 
 def _config_of(encoder):
@@ -164,7 +173,7 @@ class FastRobertaEncoder(FastEncoder, StockRobertaEncoder):
 
     def __init__(self, config, options: FastOptions | None = None):
         nn.Module.__init__(self)
-        self._be_of(family_of(config.model_type))
+        self._be_of(family_of(getattr(config, "model_type", None)))
         self.config, self.layer = config, self.stock(config).layer
         make_fast(self, options or FastOptions())
 
@@ -195,6 +204,8 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
 
     owners: the models that hold the encoder and make its mask, where their config may be another object than the layers'.
     """
+    if not isinstance(options, FastOptions):
+        raise ValueError(f"options must be FastOptions or None, got {options!r}")
     encoder.fast_options = options
     encoder.stock_calls = {}
     set_deterministic(encoder, options.deterministic)

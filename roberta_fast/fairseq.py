@@ -82,6 +82,8 @@ def _read(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint that torch can read: {error!r:.100}") from None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         held = f"{found[1]}, which could run code" if found else "something that is no tensor and no plain data"
@@ -104,8 +106,9 @@ def _config(state, args):
         return next((tuple(t.shape) for name, t in state.items() if name.endswith(ending)), None)
 
     words, positions, wide = shape("embed_tokens.weight"), shape("embed_positions.weight"), shape("layers.0.fc1.weight")
-    if None in (words, positions, wide):
-        raise ValueError("the checkpoint is no RoBERTa: it lacks embed_tokens, embed_positions or layers.0.fc1")
+    if None in (words, positions, wide, args.get("encoder_attention_heads")):
+        needed = "embed_tokens, embed_positions, layers.0.fc1 or the argument encoder_attention_heads"
+        raise ValueError(f"the checkpoint is no RoBERTa: it lacks {needed}")
     return RobertaConfig(
         vocab_size=words[0],
         hidden_size=words[1],
@@ -165,6 +168,8 @@ def run(argv: list[str]) -> int:
     try:
         if not arguments.checkpoint.is_file():
             raise ValueError(f"{str(arguments.checkpoint)!r} is no file")
+        if arguments.dict and not arguments.dict.is_file():
+            raise ValueError(f"argument --dict: {str(arguments.dict)!r} is no file")
         if (arguments.folder / "config.json").exists():
             raise ValueError(f"{str(arguments.folder)!r} holds a model already")
         model = from_fairseq(arguments.checkpoint)
@@ -172,6 +177,7 @@ def run(argv: list[str]) -> int:
         tokenizer = dictionary and tokenizer_of(dictionary, model.config.max_position_embeddings - 2)
         if tokenizer and len(tokenizer) != model.config.vocab_size:
             raise ValueError(f"{dictionary} has {len(tokenizer)} symbols, and the model {model.config.vocab_size}")
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"roberta-fast convert: {error}", file=sys.stderr)
         return 1

@@ -193,7 +193,7 @@ _GELU_FORMS = {
 
 def gelu_form(activation: object) -> str | None:
     """``"none"`` for exact GELU, ``"tanh"`` for its tanh form, None for any other activation."""
-    if isinstance(activation, nn.GELU):
+    if is_plain(activation, nn.GELU):
         return activation.approximate
     return _GELU_FORMS.get(type(activation))
 

@@ -33,8 +33,7 @@ class FastLayer:
 
     def _block(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
         p_attention, p_projection, p_output = (
-            module.p if module is not None and module.training else 0.0
-            for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
+            _probability(module) for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
         )
         seeds = dropout.new_seeds(3, rows.device) if p_attention or p_projection or p_output else None
         context = ops.attention(
@@ -80,10 +79,28 @@ def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
     for module in (*parts.containers, *parts[1:-1]):
         if isinstance(module, nn.Module) and foreign_hooks(module):
             return f"a hook on {type(module).__name__}"
-    for module in parts.containers:
-        if "forward" in module.__dict__:
+    for module in (layer, *parts.containers):
+        if "forward" in module.__dict__ or "feed_forward_chunk" in module.__dict__:
             return f"a replaced forward of {type(module).__name__}"
+    for module in parts.containers:
+        if not type(module).__module__.startswith("transformers."):
+            return f"{type(module).__name__} is no class of Hugging Face's"
+    for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout):
+        if module is not None and not _is_plain_dropout(module):
+            return f"dropout by a {type(module).__name__}"
     return None
+
+
+def _is_plain_dropout(module):
+    """Whether only its probability matters, and is one that can be scaled away."""
+    if type(module) is nn.Dropout:
+        return "forward" not in module.__dict__ and (module.p < 1.0 or not module.training)
+    return type(module) is nn.Identity
+
+
+def _probability(dropout):
+    """The probability by which a part drops now."""
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
 def _linear(module, rows, batch):
@@ -121,7 +138,7 @@ def _activated(rows, parts, batch):
 def _add_norm(x, residual, norm, p, seeds, index, batch):
     """norm(residual + dropout(x)), fused where norm is a plain LayerNorm."""
     seed = seeds[index : index + 1] if p else None
-    if not is_plain(norm, nn.LayerNorm):
+    if not is_plain(norm, nn.LayerNorm) or norm.bias is None:
         return batch.real(norm(batch.real(residual + nn.functional.dropout(x, p))))
     options = {"dropout_p": p, "seed": seed, "count": batch.count, "backend": batch.options.backend}
     return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, **options)

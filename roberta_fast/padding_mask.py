@@ -88,6 +88,7 @@ def _short_where_marked(name: str) -> Callable:
     def mask(batch_size, q_length, kv_length, *args, **kwargs):
         padding = kwargs.get("attention_mask")
         plain = kwargs.get("mask_function") is bidirectional_mask_function and q_length == kv_length
+        plain = plain and (padding is None or padding.dim() == 2)
         if plain and kwargs.get("allow_is_bidirectional_skip") and is_marked(kwargs["config"]):
             return None if padding is None else short_form(padding, kwargs["dtype"])
         return original(batch_size, q_length, kv_length, *args, **kwargs)

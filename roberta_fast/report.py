@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import inspect
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -53,9 +55,13 @@ def explain(model: nn.Module) -> Explanation:
     options = encoders[0].fast_options
     facts, requested = facts_of(weight, head_dim, deterministic=options.deterministic), options.backend
     skipped: dict[tuple, list[str]] = {}
-    library = "cuBLAS" if weight.is_cuda else "MKL"
-    forward = dispatch.choose("linear", facts._replace(head_dim=None), requested).backend if options.deterministic else library
-    backends = {"linear": (forward, library)}
+    library = "cuBLAS" if weight.is_cuda else "MKL" if torch.backends.mkl.is_available() else "torch"
+    backends = {"linear": (library, library)}
+    if options.deterministic or options.unpad == "device":
+        counted = facts._replace(head_dim=None, device_rows=options.unpad == "device")
+        forward = dispatch.choose("linear", counted, requested).backend
+        backward = dispatch.choose("linear_backward", counted, requested).backend if counted.device_rows else library
+        backends = {"linear": (forward, backward)}
     for name, backward in _OPERATIONS.items():
         chosen = []
         for op in (name, backward):
@@ -126,30 +132,41 @@ class Parity:
     outputs: dict[str, float]
 
 
-def check_parity(model: nn.Module, batch: dict[str, torch.Tensor]) -> Parity:
+def check_parity(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Parity:
     """Runs ``model`` and a stock clone that shares its parameters on the same batch, in eval mode.
 
-    batch: keyword arguments of ``model.forward``, e.g. what a tokenizer returns; tensors [B, S, ...] are compared where
-    ``attention_mask`` [B, S] is nonzero. Raises ValueError where ``model`` is not accelerated.
+    batch: keyword arguments of ``model.forward``, e.g. what a tokenizer returns, or what a SentenceTransformer takes as features;
+    tensors [B, S, ...] are compared where ``attention_mask`` [B, S] is nonzero. NaN in an output makes the result NaN.
+    Raises ValueError where ``model`` is not accelerated, or batch is no mapping.
     """
     _accelerated(model)
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"batch must be a mapping, as a tokenizer returns it, got {type(batch).__name__}")
     stock = restore_model(stock_clone(model)).eval()
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            ours, theirs = _tensors(model(**batch)), _tensors(stock(**batch))
+            ours, theirs = (dict(_tensors(_call(m, batch))) for m in (model, stock))
     finally:
         for module, mode in training.items():
             module.training = mode
     mask = batch.get("attention_mask")
-    differences, cosine = {}, 1.0
+    differences, cosines = {}, [1.0]
     for name, value in theirs.items():
         a, b = (_real(t, mask).double() for t in (ours[name], value))
         differences[name] = (a - b).abs().max().item() if a.numel() else 0.0
-        if a.dim() > 1 and a.shape[-1] > 1:
-            cosine = min(cosine, nn.functional.cosine_similarity(a, b, dim=-1).min().item())
-    return Parity(max(differences.values(), default=0.0), cosine, differences)
+        if a.numel() and a.dim() > 1 and a.shape[-1] > 1:
+            cosines.append(nn.functional.cosine_similarity(a, b, dim=-1).min().item())
+    # torch's max and min, unlike Python's, keep what is not a number.
+    largest, least = torch.tensor([0.0, *differences.values()]).double().max(), torch.tensor(cosines).double().min()
+    return Parity(largest.item(), least.item(), differences)
+
+
+def _call(model, batch):
+    """A Hugging Face model takes a batch as keywords, a SentenceTransformer as one argument, to which it adds its results."""
+    takes_one = "input" in inspect.signature(model.forward).parameters and "input" not in batch
+    return model(dict(batch)) if takes_one else model(**batch)
 
 
 def stock_clone(model: nn.Module) -> nn.Module:
@@ -165,10 +182,15 @@ def _accelerated(model):
     return encoders
 
 
-def _tensors(output):
-    """The floating tensors of a model's output by name."""
-    items = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else (output,))
-    return {str(name): value for name, value in items if isinstance(value, torch.Tensor) and value.is_floating_point()}
+def _tensors(output, name=""):
+    """(name, tensor) of every floating tensor in a model's output, those in tuples included."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield name, output
+        return
+    items = output.items() if hasattr(output, "items") else enumerate(output) if isinstance(output, (tuple, list)) else ()
+    for key, value in items:
+        yield from _tensors(value, f"{name}[{key}]" if name else str(key))
 
 
 def _real(value, mask):
