@@ -82,12 +82,12 @@ def _read(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint that torch can read: {error!r:.100}") from None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         held = f"{found[1]}, which could run code" if found else "something that is no tensor and no plain data"
         raise ValueError(f"{path} holds {held}: it is not loaded") from None
+    except Exception as error:  # an unpickler fails in any way on bytes that are no pickle
+        raise ValueError(f"{path} is no checkpoint that torch can read: {error!r:.100}") from None
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         raise ValueError(f"{path} is no fairseq checkpoint: it has no 'model'")
     args = saved.get("args") or (saved.get("cfg") or {}).get("model")

@@ -123,6 +123,23 @@ def test_a_wrong_file_is_refused_by_name(name, checkpoint, tmp_path, capsys, mon
     assert not Path("out").exists() and not Path("it-ran").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"some text\n", b"PK\x03\x04 cut off"], ids=["empty", "text", "truncated"])
+def test_a_file_that_is_no_checkpoint(content, tmp_path, capsys):
+    file = tmp_path / "model.pt"
+    file.write_bytes(content)
+    assert main(["convert", str(file), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith(f"roberta-fast convert: {file} ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_a_file(folder, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert main(["convert", str(folder / "checkpoint_vh.pt"), str(tmp_path / "out")]) == 1
+    assert "File exists" in capsys.readouterr().err
+    assert main(["convert", str(folder / "checkpoint_vh.pt"), str(tmp_path / "new"), "--dict", "nowhere.txt"]) == 1
+    assert "argument --dict: 'nowhere.txt' is no file" in capsys.readouterr().err
+
+
 def test_the_command_overwrites_nothing(folder, tmp_path, capsys):
     (tmp_path / "config.json").write_text("mine")
     assert main(["convert", str(folder / "checkpoint_vh.pt"), str(tmp_path)]) == 1

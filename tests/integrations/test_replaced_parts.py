@@ -124,13 +124,15 @@ def test_dropouts_that_drop_nothing_or_all_train(probability, model, inputs):
     assert got.isfinite().all()
 
 
-def test_masks_that_stock_models_take(model, inputs):
-    row = torch.tensor([[1] * 6 + [0] * 3])
-    for mask in (row, row[0]):
-        with torch.no_grad():
-            wanted = model(inputs["input_ids"], attention_mask=mask).logits
-            got = accelerate_model(copy.deepcopy(model), on_unsupported="ignore")(inputs["input_ids"], attention_mask=mask).logits
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+def test_a_mask_for_all_rows(model, inputs):
+    ids, row = inputs["input_ids"], torch.tensor([[1] * 6 + [0] * 3])
+    ones = torch.ones(9, dtype=torch.int64)
+    with torch.no_grad():
+        wanted, unmasked = model(ids, attention_mask=row.expand(3, -1)).logits, model(ids, attention_mask=ones).logits
+        accelerate_model(model, on_unsupported="error")
+        got, got_unmasked = model(ids, attention_mask=row).logits, model(ids, attention_mask=ones).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got_unmasked, unmasked, rtol=1e-4, atol=1e-4)
 
 
 def test_parity_keeps_what_is_not_a_number(model, inputs):
