@@ -124,9 +124,10 @@ def encoder_objection(encoder: nn.Module) -> str | None:
     """Why this encoder always takes the stock path, or None."""
     if getattr(_config_of(encoder), "is_decoder", False):
         return "decoder mode"
-    # Such a function expects what the stock encoder passes.
-    replaced = next((layer for layer in map(unwrapped, encoder.layer) if "forward" in layer.__dict__), None)
-    return None if replaced is None else f"a replaced forward of {type(replaced).__name__}"
+    for layer in map(unwrapped, encoder.layer):
+        if "forward" in layer.__dict__ and "forward_before" in layer.__dict__:
+            return f"a replaced forward of {type(layer).__name__}"
+    return None
 
 
 def _config_of(encoder):
@@ -212,6 +213,9 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
     for layer, layer_class in zip(map(unwrapped, encoder.layer), layer_classes(encoder), strict=True):
         if not isinstance(layer, FastLayer):
             layer.__class__ = layer_class
+            # A forward that was replaced before calls the stock one; one that is replaced from now on calls the fast one.
+            if "forward" in layer.__dict__:
+                layer.forward_before = True
     if encoder_objection(encoder) is None:
         padding_mask.mark((*_attentions(encoder), *owners))
 
@@ -231,6 +235,7 @@ def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
     set_deterministic(encoder, False)
     for layer in layers:
         layer.__class__ = layer.stock
+        layer.__dict__.pop("forward_before", None)
     stock = encoder.stock
     for name in ("fast_options", "stock_calls", "family", "stock"):
         encoder.__dict__.pop(name, None)

@@ -79,10 +79,11 @@ def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
     for module in (*parts.containers, *parts[1:-1]):
         if isinstance(module, nn.Module) and foreign_hooks(module):
             return f"a hook on {type(module).__name__}"
-    for module in (layer, *parts.containers):
-        if "forward" in module.__dict__ or "feed_forward_chunk" in module.__dict__:
-            return f"a replaced forward of {type(module).__name__}"
+    if "feed_forward_chunk" in layer.__dict__:
+        return f"a replaced feed_forward_chunk of {type(layer).__name__}"
     for module in parts.containers:
+        if "forward" in module.__dict__:
+            return f"a replaced forward of {type(module).__name__}"
         if not type(module).__module__.startswith("transformers."):
             return f"{type(module).__name__} is no class of Hugging Face's"
     for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout):

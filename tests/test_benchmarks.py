@@ -84,11 +84,12 @@ class TestMeasure:
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system keeps no mark of the peak")
     def test_peak_memory_sees_what_a_call_allocated_and_freed(self):
         def call():
-            torch.ones(48 << 20, dtype=torch.int8)
+            for _ in range(3):
+                torch.ones(48 << 20, dtype=torch.int8)
             return torch.ones(16 << 20, dtype=torch.int8)
 
         torch.ones(64 << 20, dtype=torch.int8)  # freed before, hence not counted
-        assert 44 << 20 < measure.peak_memory(call, "cpu") < 60 << 20
+        assert 44 << 20 < measure.peak_memory(call, "cpu") < 100 << 20
 
     def test_the_record_names_machine_versions_and_commit(self):
         facts = measure.environment("cpu")

@@ -76,7 +76,7 @@ CHANGES = {
         by("output.dropout", lambda: nn.Sequential(nn.Dropout(0.0), nn.Linear(64, 64))), "dropout by a Sequential"
     ),
     "norm without bias": (by("output.LayerNorm", lambda: nn.LayerNorm(64, bias=False)), None),
-    "chunk function": (doubled("feed_forward_chunk"), "a replaced forward of RobertaLayer"),
+    "chunk function": (doubled("feed_forward_chunk"), "a replaced feed_forward_chunk of RobertaLayer"),
     "forward": (doubled("forward"), "a replaced forward of RobertaLayer"),
 }  # fmt: skip
 
