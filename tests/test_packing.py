@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from roberta_fast import FastOptions, accelerate_model, explain
+from roberta_fast.packing import PackedBatch
 from roberta_fast.testing import ragged_mask, random_inputs, randomize, tiny_config
 
 MASKS = {
@@ -119,6 +120,15 @@ def test_hidden_states_and_a_hook_inside_a_layer():
     for a, b in zip(got.hidden_states, wanted.hidden_states, strict=True):
         torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-5)
     assert "a hook on RobertaAttention" in str(explain(model))
+
+
+def test_nothing_is_packed_where_nothing_is_padded():
+    """Gathering rows that are all there would only cost time: packing is a view."""
+    states = torch.randn(4, 11, 8)
+    for mask in (None, MASKS["nothing padded"]):
+        batch = PackedBatch.of(states, mask, FastOptions())
+        assert batch.pack(states).data_ptr() == states.data_ptr() == batch.unpack(batch.pack(states)).data_ptr()
+    assert PackedBatch.of(states, MASKS["right"], FastOptions()).pack(states).shape == (22, 8)
 
 
 def test_an_unknown_way_is_refused():
