@@ -91,4 +91,4 @@ def test_core_tests_on_roberta(suite, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", supported_model_types())
 def test_all_tests(suite, tmp_path, model_type):
-    assert_same(outcomes(suite, tmp_path, model_type, NEEDS_A_HUB), at_least=60)
+    assert_same(outcomes(suite, tmp_path, model_type, NEEDS_A_HUB), at_least=50)
