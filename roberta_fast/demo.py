@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
@@ -76,8 +77,8 @@ def demo(model_name: str | None, text: Path | None, batch_size: int, repeats: in
         "backends": explanation.backends,
         "fallbacks": explanation.fallbacks,
         "stock_calls": explanation.stock_calls,
-        "max_abs_difference": torch.tensor([p.max_abs_difference for p in parity]).double().max().item(),
-        "cosine": torch.tensor([p.cosine for p in parity]).double().min().item(),
+        "max_abs_difference": float(np.max([p.max_abs_difference for p in parity])),
+        "cosine": float(np.min([p.cosine for p in parity])),
         "tokens_per_second": {kind: tokens / timing.median for kind, timing in times.items()},
         "times_faster": times["accelerated"].times_faster(times["stock"]),
         "peak_memory_bytes": {kind: measure.peak_memory(function, device) for kind, function in runs.items()},

@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -158,9 +159,8 @@ def check_parity(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Parity:
         differences[name] = (a - b).abs().max().item() if a.numel() else 0.0
         if a.numel() and a.dim() > 1 and a.shape[-1] > 1:
             cosines.append(nn.functional.cosine_similarity(a, b, dim=-1).min().item())
-    # torch's max and min, unlike Python's, keep what is not a number.
-    largest, least = torch.tensor([0.0, *differences.values()]).double().max(), torch.tensor(cosines).double().min()
-    return Parity(largest.item(), least.item(), differences)
+    # numpy's max and min, unlike Python's, keep what is not a number.
+    return Parity(float(np.max([0.0, *differences.values()])), float(np.min(cosines)), differences)
 
 
 def _call(model, batch):
