@@ -111,8 +111,12 @@ def linear_fwd(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     count: torch.Tensor | None,
+    deterministic: bool = False,
 ) -> torch.Tensor:
-    """x [N, K] @ weight [M, K]ᵀ + bias [M] + residual [N, M] in x's dtype; rows from ``count`` on are left as they are."""
+    """x [N, K] @ weight [M, K]ᵀ + bias [M] + residual [N, M] in x's dtype; rows from ``count`` on are left as they are.
+
+    Each element is one program's sum in ascending k, so the result is ``deterministic`` whether asked to be or not.
+    """
     return _rows_times(x, weight.mT, bias, residual, count)
 
 

@@ -105,9 +105,7 @@ def _probability(dropout):
 
 
 def _linear(module, rows, batch):
-    """module(rows), by the operation that reads the number of real rows on the device where the host does not know it."""
-    if batch.count is None:
-        return module(rows)
+    """module(rows), by the operation where the module is a plain Linear."""
     if is_plain(module, nn.Linear):
         return ops.linear(rows, module.weight, module.bias, count=batch.count, **_how(batch))
     return batch.real(module(batch.real(rows)))

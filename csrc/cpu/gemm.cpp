@@ -8,7 +8,8 @@ namespace roberta_fast {
 namespace {
 
 constexpr int TILE_ROWS = 6;
-constexpr int DEPTH = 32;
+constexpr int DEPTH = 512;
+constexpr int AHEAD = 4;  // rows of b that are asked for early, as those of a large b come from the second cache
 
 // With 32 registers 6 x 4 vectors of c, 4 of b and one broadcast element of a fit; with 16, 6 x 2.
 template <class Isa>
@@ -28,8 +29,13 @@ ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column, std::inte
   // Summed in runs of DEPTH terms, so that rounding errors grow with the length of a run and the number of runs, not both.
   for (int64_t done = 0; done < p.depth; done += DEPTH) {
     Vector sums[sizeof...(I)] = {};
+    if constexpr (!TRANSPOSED) {  // where the next run begins, which no stream of reads leads to
+      const float* next = done + DEPTH < p.depth ? a + DEPTH : p.a + (row + TILE_ROWS) * lda;
+      for (int r = 0; r < TILE_ROWS; ++r) __builtin_prefetch(next + r * lda);
+    }
     for (int64_t k = std::min<int64_t>(DEPTH, p.depth - done); k > 0; --k) {
       const Vector row_of_b[] = {load<Vector>(b + V * W)...};
+      (__builtin_prefetch(b + AHEAD * ldb + V * W), ...);
       ((sums[I] += a[I / VECTORS * (TRANSPOSED ? 1 : lda)] * row_of_b[I % VECTORS]), ...);
       a += TRANSPOSED ? lda : 1;
       b += ldb;

@@ -1,60 +1,99 @@
-// y = x W^T + b (+ residual), row by row; contract in roberta_fast/ops/linear.py.
-// PyTorch's product is faster, but the order in which it sums depends on the number of rows and of threads. Here an element of y
-// is always the same sum, over k in ascending runs as gemm.h makes them.
+// y = x W^T + b (+ residual), and the same with a GELU behind it; contracts in roberta_fast/ops/linear.py and linear_gelu.py.
+// A task transposes a panel of weights into its cache and passes the rows of x along it; what follows the product happens while
+// the sums are still in the nearest cache. An element of y is always the same sum, over k in ascending runs as gemm.h makes them.
+// Many rows are left to PyTorch's product, which blocks them too, unless their bits must not depend on their number.
 #include "linear.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include "common.h"
 #include "gemm.h"
 #include "rows.h"
+#include "vmath.h"
 
 namespace roberta_fast {
 namespace {
 
 constexpr int64_t PANEL = 64;   // columns of y that a task computes: four vectors of AVX-512
-constexpr int64_t ROWS = 48;    // rows of y, and
-constexpr int64_t STEP = 64;    // terms of their sums at a time: 12 KiB of sums, 12 of x and 16 of weights, in the nearest caches
-constexpr int64_t CHUNK = 384;  // most rows of a task: so many repay the transposition of its weights, and more leave the cache
+constexpr int64_t ROWS = 24;    // rows of y whose sums lie in the nearest cache: 6 KiB
+constexpr int64_t STEP = 1024;  // terms of the sums whose weights lie in the second cache: 256 KiB
+constexpr int64_t CHUNK = 640;  // most rows of a task
+// Rows from which on PyTorch's product is faster; on AVX-512 with MKL, 32 rows took 0.6 to 0.85 of its time, 300 rows 0.9.
+constexpr int64_t MANY_ROWS = 640;
 
 struct Linear {
-  const float *x, *weight, *bias, *residual;
+  const float *x, *weight;
+  Epilogue epilogue;
   float* y;
   int64_t stride_x, stride_weight, rows, columns, depth, panels, chunks;
   float* scratch;
 };
 
+// Asks for the lines that will be written, while the product is made.
+ALWAYS_INLINE void prefetch_tile(const float* p, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(p + r * stride + c, 1);
+}
+
+// The epilogue of rows [first_row, first_row + rows) and columns [first, first + columns), whose sums lie there or in y itself.
+template <class Isa, Activation ACTIVATION>
+ALWAYS_INLINE void finish(const Linear& p, const float* sums, int64_t stride, int64_t first_row, int64_t rows, int64_t first,
+                          int64_t columns) {
+  using Vector = Floats<Isa>;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += Isa::WIDTH) {
+      const int64_t n = columns - c, offset = (first_row + r) * p.columns + first + c;
+      Vector y = p.depth ? load_first<Vector>(sums + r * stride + c, n) : Vector{};
+      if (p.epilogue.bias) y += load_first<Vector>(p.epilogue.bias + first + c, n);
+      if (p.epilogue.preactivation) store_first(p.epilogue.preactivation + offset, y, n);
+      if constexpr (ACTIVATION == Activation::gelu_erf) y = gelu<Isa>(y);
+      if constexpr (ACTIVATION == Activation::gelu_tanh) y = gelu_tanh<Isa>(y);
+      if (p.epilogue.residual) y += load_first<Vector>(p.epilogue.residual + offset, n);
+      store_first(p.y + offset, y, n);
+    }
+}
+
+template <class Isa>
+ALWAYS_INLINE void finish(const Linear& p, const float* sums, int64_t stride, int64_t row, int64_t rows, int64_t first,
+                          int64_t columns) {
+  switch (p.epilogue.activation) {
+    case Activation::none: return finish<Isa, Activation::none>(p, sums, stride, row, rows, first, columns);
+    case Activation::gelu_erf: return finish<Isa, Activation::gelu_erf>(p, sums, stride, row, rows, first, columns);
+    case Activation::gelu_tanh: return finish<Isa, Activation::gelu_tanh>(p, sums, stride, row, rows, first, columns);
+  }
+}
+
+template <class Isa>
+ALWAYS_INLINE void finish_rows(const Linear& p, int64_t begin, int64_t end) {
+  finish<Isa>(p, p.y + begin * p.columns, p.columns, begin, end - begin, 0, p.columns);
+}
+ROBERTA_FAST_KERNEL(finish_rows, Linear)
+
 template <class Isa>
 ALWAYS_INLINE void multiply_panel(const Linear& p, int64_t task, int64_t) {
-  using Vector = Floats<Isa>;
   const int64_t chunk = task / p.panels, begin = p.rows * chunk / p.chunks, end = p.rows * (chunk + 1) / p.chunks;
   const int64_t first = task % p.panels * PANEL, columns = std::min(PANEL, p.columns - first);
-  float* sums = p.scratch;          // [ROWS, PANEL]
-  float* x = sums + ROWS * PANEL;   // [ROWS, STEP], as rows of x lie too far apart for the few ways of a cache
-  float* weight = x + ROWS * STEP;  // [depth, PANEL]
-  transpose<Isa>(p.weight + first * p.stride_weight, p.stride_weight, columns, p.depth, 1.0f, weight, PANEL);
-  for (int64_t row = begin; row < end; row += ROWS) {
-    const int64_t rows = std::min(ROWS, end - row);
-    for (int64_t k = 0; k < p.depth; k += STEP) {
-      const int64_t terms = std::min(STEP, p.depth - k);
-      copy_rows<Isa>(p.x + row * p.stride_x + k, p.stride_x, rows, terms, x, STEP);
-      multiply<Isa>({x, STEP, weight + k * PANEL, PANEL, sums, PANEL, rows, vectors<Isa>(columns), terms, k > 0});
+  float* weight = p.scratch;              // [STEP, PANEL]
+  float* all_sums = weight + STEP * PANEL;  // [CHUNK, PANEL], or [ROWS, PANEL] where one step makes a sum
+  for (int64_t k = 0; k < p.depth || k == 0; k += STEP) {
+    const int64_t terms = std::min(STEP, p.depth - k);
+    const bool last = k + terms == p.depth;
+    transpose<Isa>(p.weight + first * p.stride_weight + k, p.stride_weight, columns, terms, 1.0f, weight, PANEL);
+    for (int64_t row = begin; row < end; row += ROWS) {
+      const int64_t rows = std::min(ROWS, end - row);
+      float* sums = all_sums + (last && k == 0 ? 0 : (row - begin) * PANEL);
+      if (last) prefetch_tile(p.y + row * p.columns + first, p.columns, rows, columns);
+      multiply<Isa>({p.x + row * p.stride_x + k, p.stride_x, weight, PANEL, sums, PANEL, rows, vectors<Isa>(columns), terms, k > 0});
+      if (last) finish<Isa>(p, sums, PANEL, row, rows, first, columns);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; c += Isa::WIDTH) {
-        const int64_t n = columns - c, offset = (row + r) * p.columns + first + c;
-        Vector y = p.depth ? load<Vector>(sums + r * PANEL + c) : Vector{};
-        if (p.bias) y += load_first<Vector>(p.bias + first + c, n);
-        if (p.residual) y += load_first<Vector>(p.residual + offset, n);
-        store_first(p.y + offset, y, n);
-      }
   }
 }
 ROBERTA_FAST_KERNEL(multiply_panel, Linear)
 
 at::Tensor linear_fwd(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                      const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& count) {
+                      const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& count, bool deterministic) {
   check_float(x, "x", 2);
   check_float(weight, "weight", 2);
   const int64_t n = x.size(0), columns = weight.size(0), real = real_rows(count, n);
@@ -72,23 +111,37 @@ at::Tensor linear_fwd(const at::Tensor& x, const at::Tensor& weight, const std::
   }
   const at::Tensor y = at::empty({n, columns}, x.options());
   at::Tensor product = y.narrow(0, 0, real);
-  multiply_rows(x.narrow(0, 0, real), weight, shift.defined() ? shift.const_data_ptr<float>() : nullptr,
-                added.defined() ? added.const_data_ptr<float>() : nullptr, product);
+  Epilogue epilogue;
+  if (shift.defined()) epilogue.bias = shift.const_data_ptr<float>();
+  if (added.defined()) epilogue.residual = added.const_data_ptr<float>();
+  multiply_rows(x.narrow(0, 0, real), weight, epilogue, deterministic, product);
   return y;
 }
 
 }  // namespace
 
-void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const float* bias, const float* residual, at::Tensor& y) {
+Activation gelu_named(std::string_view approximate) {
+  TORCH_CHECK_VALUE(approximate == "none" || approximate == "tanh", "approximate must be 'none' or 'tanh', got '", approximate,
+                    "'");
+  return approximate == "none" ? Activation::gelu_erf : Activation::gelu_tanh;
+}
+
+void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const Epilogue& epilogue, bool deterministic, at::Tensor& y) {
   const at::Tensor rows = with_unit_stride(x), columns = with_unit_stride(weight);
   const int64_t n = rows.size(0), m = columns.size(0), depth = rows.size(1), panels = (m + PANEL - 1) / PANEL;
   if (n == 0 || m == 0) return;
-  // How the rows are divided changes no result.
+  // A panel is transposed by each of its tasks, so there are no more than keep the threads busy. How many changes no result.
   const int64_t for_threads = std::min((4 * at::get_num_threads() + panels - 1) / panels, (n + ROWS - 1) / ROWS);
   const int64_t chunks = std::max(for_threads, (n + CHUNK - 1) / CHUNK);
-  const Linear params{rows.const_data_ptr<float>(), columns.const_data_ptr<float>(), bias, residual, y.mutable_data_ptr<float>(),
+  const Linear params{rows.const_data_ptr<float>(), columns.const_data_ptr<float>(), epilogue, y.mutable_data_ptr<float>(),
                       rows.stride(0), columns.stride(0), n, m, depth, panels, chunks, nullptr};
-  for_each_task(panels * chunks, ROWS * (PANEL + STEP) + depth * PANEL, [&](int64_t task, float* scratch) {
+  if (!deterministic && (n > MANY_ROWS || active_level() != Level::avx512)) {
+    at::mm_out(y, rows, columns.t());
+    // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
+    at::parallel_for(0, n, std::max<int64_t>(1, 8192 / m), [&](int64_t begin, int64_t end) { finish_rows_for_cpu(params, begin, end); });
+    return;
+  }
+  for_each_task(panels * chunks, (STEP + (n + chunks - 1) / chunks) * PANEL, [&](int64_t task, float* scratch) {
     Linear mine = params;
     mine.scratch = scratch;
     multiply_panel_for_cpu(mine, task, task + 1);
@@ -97,8 +150,8 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const float* b
 
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def(
-      "linear_fwd(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? count=None) "
-      "-> Tensor",
+      "linear_fwd(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? count=None, "
+      "bool deterministic=False) -> Tensor",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(linear_fwd)));
 }
 

@@ -1,12 +1,27 @@
-// A product whose rows have the same bits whatever rows are beside them and on any number of threads.
+// The product of rows and weights, with what follows it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <string_view>
+
 namespace roberta_fast {
 
-// y = x W^T + bias + residual, for y's rows of as many rows of x. x [n, k] and weight [m, k] are float32 with rows of unit stride,
-// y [n, m] is contiguous; bias [m] and residual [n, m], contiguous, may be null.
-void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const float* bias, const float* residual, at::Tensor& y);
+enum class Activation { none, gelu_erf, gelu_tanh };
+
+// The GELU that an operation's argument names.
+Activation gelu_named(std::string_view approximate);
+
+// What becomes of a product xW before it is stored: act(xW + bias) + residual. Any pointer may be null.
+struct Epilogue {
+  const float* bias = nullptr;      // [m]
+  const float* residual = nullptr;  // [n, m], contiguous
+  float* preactivation = nullptr;   // [n, m], contiguous: takes xW + bias
+  Activation activation = Activation::none;
+};
+
+// y [n, m] = epilogue(x W^T). x [n, k] and weight [m, k] are float32 with rows of unit stride, y is contiguous.
+// deterministic: a row of y has the same bits whatever rows are beside it and on any number of threads.
+void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const Epilogue& epilogue, bool deterministic, at::Tensor& y);
 
 }  // namespace roberta_fast

@@ -1,5 +1,6 @@
 // y = GELU(x W^T + b) and its gradient; formulas and contract in roberta_fast/ops/linear_gelu.py.
-// The product is PyTorch's, or the one of linear.h where deterministic; bias, GELU, derivative and bias gradient are one pass each over its result.
+// Forward is the product of linear.h with a GELU behind it. Backward takes PyTorch's products; derivative and bias gradient are
+// one pass over du.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -12,13 +13,6 @@
 namespace roberta_fast {
 namespace {
 
-struct Forward {
-  float* y;           // holds x W^T before, GELU(x W^T + b) after
-  float* u;           // x W^T + b, or null
-  const float* bias;  // or null
-  int64_t columns;
-};
-
 struct Backward {
   const float* dy;
   const float* u;
@@ -26,30 +20,6 @@ struct Backward {
   float* partials;  // [chunks, columns]: each chunk's sums of du, or null
   int64_t stride_dy, stride_u, columns, rows, chunk_rows;
 };
-
-template <class Isa, bool TANH>
-ALWAYS_INLINE void activate(const Forward& p, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t c = 0; c < p.columns; c += Isa::WIDTH) {
-      const int64_t n = p.columns - c, offset = row * p.columns + c;
-      Floats<Isa> u = load_first<Floats<Isa>>(p.y + offset, n);
-      if (p.bias) u += load_first<Floats<Isa>>(p.bias + c, n);
-      if (p.u) store_first(p.u + offset, u, n);
-      store_first(p.y + offset, TANH ? gelu_tanh<Isa>(u) : gelu<Isa>(u), n);
-    }
-}
-
-template <class Isa>
-ALWAYS_INLINE void activate_erf(const Forward& p, int64_t begin, int64_t end) {
-  activate<Isa, false>(p, begin, end);
-}
-ROBERTA_FAST_KERNEL(activate_erf, Forward)
-
-template <class Isa>
-ALWAYS_INLINE void activate_tanh(const Forward& p, int64_t begin, int64_t end) {
-  activate<Isa, true>(p, begin, end);
-}
-ROBERTA_FAST_KERNEL(activate_tanh, Forward)
 
 // Which rows share a chunk depends on their number alone, so the bias gradient does not depend on the threads.
 template <class Isa, bool TANH>
@@ -80,12 +50,6 @@ ALWAYS_INLINE void differentiate_tanh(const Backward& p, int64_t begin, int64_t 
 }
 ROBERTA_FAST_KERNEL(differentiate_tanh, Backward)
 
-bool is_tanh(std::string_view approximate) {
-  TORCH_CHECK_VALUE(approximate == "none" || approximate == "tanh", "approximate must be 'none' or 'tanh', got '", approximate,
-                    "'");
-  return approximate == "tanh";
-}
-
 // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
 int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, columns)); }
 
@@ -97,26 +61,19 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_fwd(const at::Tensor& x, const at
   check_float(weight, "weight", 2);
   check_shape(weight, "weight", {weight.size(0), x.size(1)});
   const int64_t n = x.size(0), columns = weight.size(0), real = real_rows(count, n);
-  const bool tanh = is_tanh(approximate);
+  Epilogue epilogue{.activation = gelu_named(approximate)};
   at::Tensor shift;
   if (bias.has_value()) {
     check_float(*bias, "bias", 1);
     check_shape(*bias, "bias", {columns});
     shift = bias->contiguous();
+    epilogue.bias = shift.const_data_ptr<float>();
   }
   const at::Tensor y = at::empty({n, columns}, x.options());
   const at::Tensor u = save_preactivation ? at::empty({n, columns}, x.options()) : at::empty({0}, x.options());
+  if (save_preactivation) epilogue.preactivation = u.mutable_data_ptr<float>();
   at::Tensor product = y.narrow(0, 0, real);
-  const at::Tensor rows = x.narrow(0, 0, real);
-  if (deterministic)
-    multiply_rows(rows, weight, nullptr, nullptr, product);
-  else
-    at::mm_out(product, rows, weight.t());
-  const Forward params{y.mutable_data_ptr<float>(), save_preactivation ? u.mutable_data_ptr<float>() : nullptr,
-                       bias.has_value() ? shift.const_data_ptr<float>() : nullptr, columns};
-  at::parallel_for(0, real, rows_per_task(columns), [&](int64_t begin, int64_t end) {
-    tanh ? activate_tanh_for_cpu(params, begin, end) : activate_erf_for_cpu(params, begin, end);
-  });
+  multiply_rows(x.narrow(0, 0, real), weight, epilogue, deterministic, product);
   return {y, u};
 }
 
@@ -130,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_bwd(const at::Tensor&
   check_shape(weight, "weight", {columns, x.size(1)});
   check_shape(dy, "dy", {n, columns});
   check_shape(u, "u", {n, columns});
-  const bool tanh = is_tanh(approximate);
+  const bool tanh = gelu_named(approximate) == Activation::gelu_tanh;
   const at::Tensor gradient = with_unit_stride(dy), before = with_unit_stride(u);
   const at::Tensor du = at::empty({real, columns}, x.options());
   const RowChunks chunks(real);

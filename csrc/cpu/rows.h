@@ -1,4 +1,4 @@
-// Rows copied into scratch, as they are or transposed (in registers, by passes of the perfect shuffle).
+// Rows copied into scratch, as they are or transposed (in registers).
 #pragma once
 
 #include <cstdint>
@@ -15,33 +15,53 @@ ALWAYS_INLINE void copy_rows(const float* from, int64_t stride, int64_t rows, in
       store(to + r * stride_to + d, load_first<Floats<Isa>>(from + r * stride + d, columns - d));
 }
 
-template <class Vector, int... I>
-ALWAYS_INLINE Vector low_halves(const Vector& a, const Vector& b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * static_cast<int>(sizeof...(I)))...);
-}
-template <class Vector, int... I>
-ALWAYS_INLINE Vector high_halves(const Vector& a, const Vector& b, std::integer_sequence<int, I...>) {
+// Of each quad of lanes of a and b: a0 b0 a1 b1 where HIGH is 0, a2 b2 a3 b3 where it is 2.
+template <int HIGH, class Vector, int... I>
+ALWAYS_INLINE Vector interleave(const Vector& a, const Vector& b, std::integer_sequence<int, I...>) {
   constexpr int N = sizeof...(I);
-  return __builtin_shufflevector(a, b, (N / 2 + I / 2 + I % 2 * N)...);
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 4 / 2 + HIGH + I % 2 * N)...);
+}
+// a0 a1 b0 b1, or a2 a3 b2 b3.
+template <int HIGH, class Vector, int... I>
+ALWAYS_INLINE Vector interleave_pairs(const Vector& a, const Vector& b, std::integer_sequence<int, I...>) {
+  constexpr int N = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 + HIGH + I % 4 / 2 * N)...);
+}
+// The even quads of a and then of b, or (ODD is 1) the odd ones.
+template <int ODD, class Vector, int... I>
+ALWAYS_INLINE Vector quads(const Vector& a, const Vector& b, std::integer_sequence<int, I...>) {
+  constexpr int N = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I % (N / 2) / 4 * 8 + ODD * 4 + I % 4 + I / (N / 2) * N)...);
 }
 
-// One pass: row i meets row i + WIDTH / 2. WIDTH = 2^k rows are transposed after k passes.
+// Passes of the transposition of WIDTH rows: two make 4 x 4 blocks within quads, the others move the quads.
 template <class Isa, int... I>
-ALWAYS_INLINE void shuffle_rows(Floats<Isa>* rows, std::integer_sequence<int, I...>) {
-  const auto lanes = std::make_integer_sequence<int, Isa::WIDTH>();
-  const Floats<Isa> shuffled[] = {(I % 2 ? high_halves(rows[I / 2], rows[I / 2 + Isa::WIDTH / 2], lanes)
-                                         : low_halves(rows[I / 2], rows[I / 2 + Isa::WIDTH / 2], lanes))...};
-  ((rows[I] = shuffled[I]), ...);
+ALWAYS_INLINE void interleave_rows(Floats<Isa>* rows, std::integer_sequence<int, I...> lanes) {
+  const Floats<Isa> next[] = {(I % 2 ? interleave<2>(rows[I - I % 2], rows[I - I % 2 + 1], lanes)
+                                     : interleave<0>(rows[I - I % 2], rows[I - I % 2 + 1], lanes))...};
+  ((rows[I] = next[I]), ...);
+}
+template <class Isa, int... I>
+ALWAYS_INLINE void interleave_row_pairs(Floats<Isa>* rows, std::integer_sequence<int, I...> lanes) {
+  const Floats<Isa> next[] = {(I % 2 ? interleave_pairs<2>(rows[I - I % 4 + I % 4 / 2], rows[I - I % 4 + I % 4 / 2 + 2], lanes)
+                                     : interleave_pairs<0>(rows[I - I % 4 + I % 4 / 2], rows[I - I % 4 + I % 4 / 2 + 2], lanes))...};
+  ((rows[I] = next[I]), ...);
+}
+template <class Isa, int DISTANCE, int... I>
+ALWAYS_INLINE void exchange_quads(Floats<Isa>* rows, std::integer_sequence<int, I...> lanes) {
+  const Floats<Isa> next[] = {(I / DISTANCE % 2 ? quads<1>(rows[I - DISTANCE * (I / DISTANCE % 2)], rows[I], lanes)
+                                                : quads<0>(rows[I], rows[I + DISTANCE * (1 - I / DISTANCE % 2)], lanes))...};
+  ((rows[I] = next[I]), ...);
 }
 
 template <class Isa, int... I>
 ALWAYS_INLINE void transpose_tile(const float* from, int64_t stride, int64_t rows, int64_t columns, float factor, float* to,
                                   int64_t stride_to, std::integer_sequence<int, I...> lanes) {
   Floats<Isa> tile[] = {(I < rows ? load_first<Floats<Isa>>(from + I * stride, columns) * factor : Floats<Isa>{})...};
-  shuffle_rows<Isa>(tile, lanes);
-  shuffle_rows<Isa>(tile, lanes);
-  if constexpr (Isa::WIDTH >= 8) shuffle_rows<Isa>(tile, lanes);
-  if constexpr (Isa::WIDTH >= 16) shuffle_rows<Isa>(tile, lanes);
+  interleave_rows<Isa>(tile, lanes);
+  interleave_row_pairs<Isa>(tile, lanes);
+  if constexpr (Isa::WIDTH >= 8) exchange_quads<Isa, 4>(tile, lanes);
+  if constexpr (Isa::WIDTH >= 16) exchange_quads<Isa, 8>(tile, lanes);
   ((I < columns ? store(to + I * stride_to, tile[I]) : void()), ...);
 }
 

@@ -1,8 +1,8 @@
 """y = x Wᵀ + b (+ residual) over packed rows.
 
-Where the host knows the number of rows this is ``torch.nn.functional.linear``, which nothing beats for a plain GEMM. Where
-only the device knows it (``count``), the GEMM reads it there; and where a row must have the same bits in any batch
-(``deterministic``), it is a GEMM that sums every element in one order.
+On CUDA, where the host knows the number of rows, and in training this is ``torch.nn.functional.linear``, which nothing beats for a
+plain GEMM. Where only the device knows the number (``count``), the GEMM reads it there; where a row must have the same bits in any
+batch (``deterministic``), it is a GEMM that sums every element in one order. On the CPU that one is also the faster for few rows.
 Backward: dx = dy W, dW = dyᵀ x, db = sum(dy) over the real rows.
 """
 
@@ -15,6 +15,7 @@ from roberta_fast.ops.registration import (
     check_rows,
     define,
     facts_of,
+    is_plain_call,
     real_rows,
     refuse,
     register_autograd,
@@ -43,10 +44,16 @@ def linear(
     check_weight(x, weight, bias)
     if residual is not None and residual.shape != (x.shape[0], weight.shape[0]):
         refuse("residual", f"shape {tuple(residual.shape)}", f"[N, M] = {(x.shape[0], weight.shape[0])}")
-    if count is None and not deterministic:
+    if count is None and not deterministic and not _kernel_pays(x, weight, bias, residual):
         return linear_ref(x, weight, bias, residual)
     x, weight, bias, residual = autocast_to(x, weight, bias, residual)
     return _forward(x, weight, bias, residual, count, deterministic, backend)
+
+
+def _kernel_pays(x, *others):
+    """Where the kernel of the CPU serves, and nobody counts on seeing PyTorch's own operation."""
+    serves = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return serves and is_plain_call((x, *others))
 
 
 def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -60,7 +67,7 @@ def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
             refuse(name, parameter.dtype, f"of x's dtype {x.dtype}")
 
 
-def linear_ref(x, weight, bias=None, residual=None, count=None):
+def linear_ref(x, weight, bias=None, residual=None, count=None, deterministic=False):
     """The composition in plain PyTorch."""
     y = F.linear(x, weight, bias)
     return y if residual is None else y + residual
@@ -74,7 +81,7 @@ def linear_backward_ref(dy, x, weight, has_bias, count=None):
 
 def _forward_implementation(x, weight, bias, residual, count, deterministic, backend):
     facts = facts_of(x, device_rows=count is not None, deterministic=deterministic)
-    return dispatch.choose("linear", facts, backend).run(x, weight, bias, residual, count)
+    return dispatch.choose("linear", facts, backend).run(x, weight, bias, residual, count, deterministic)
 
 
 def _forward_fake(x, weight, bias, residual, count, deterministic, backend):

@@ -33,12 +33,12 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     operator = getattr(torch.ops.roberta_fast, name).default
 
     def call(*arguments):
-        return run(*arguments) if _is_plain_call(arguments) else operator(*arguments)
+        return run(*arguments) if is_plain_call(arguments) else operator(*arguments)
 
     return call
 
 
-def _is_plain_call(arguments):
+def is_plain_call(arguments: tuple) -> bool:
     """True where nobody watches: no gradient, transform, mode or subclass. There torch's dispatcher, about 25 µs a call for an
     operation written in Python, would only find its way to the implementation."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():

@@ -249,7 +249,7 @@ REFUSED = {
     "no extension": (ValueError, "cannot run linear on cpu float32.*C\\+\\+ extension is not built.*same bits in every batch"),
     "torch backend": (
         ValueError,
-        "cannot run attention on cpu.*PyTorch's products do not have the same bits in every batch",
+        "cannot run linear on cpu.*PyTorch's products do not have the same bits in every batch",
     ),
     "head dimension": (ValueError, "cannot run attention on cpu float32.*head_dim=8 is outside 16..128"),
 }
