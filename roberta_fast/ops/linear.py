@@ -1,8 +1,8 @@
 """y = x Wᵀ + b (+ residual) over packed rows.
 
-On CUDA, where the host knows the number of rows, and in training this is ``torch.nn.functional.linear``, which nothing beats for a
-plain GEMM. Where only the device knows the number (``count``), the GEMM reads it there; where a row must have the same bits in any
-batch (``deterministic``), it is a GEMM that sums every element in one order. On the CPU that one is also the faster for few rows.
+On CUDA, where the host knows the number of rows, and in training this is ``torch.nn.functional.linear``, which nothing beats for
+a plain GEMM. Where only the device knows the number (``count``), the GEMM reads it there; where a row must have the same bits in
+any batch (``deterministic``), it is a GEMM that sums every element in one order. On the CPU that one is also faster for few rows.
 Backward: dx = dy W, dW = dyᵀ x, db = sum(dy) over the real rows.
 """
 
