@@ -362,5 +362,5 @@ def test_sentence_transformers():
 
     accelerate_model(model, deterministic=True)
     assert changed() == 0
-    accelerate_model(model)
+    restore_model(model)
     assert changed() > 0
