@@ -1,0 +1,178 @@
+// y = act(x W^T + b) by 8-bit products; formulas and layout in roberta_fast/ops/int8_linear.py.
+// The dot product of VNNI takes unsigned by signed bytes: x comes shifted by 128, and offset takes 128 times the weights' sums off
+// again. A task quantizes its rows of x once, and passes over panels of weights that are stored as the instruction reads them.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common.h"
+#include "vmath.h"
+
+#if ROBERTA_FAST_X86
+#define TARGET_VNNI __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl," ROBERTA_FAST_AVX2)))
+
+namespace roberta_fast {
+namespace {
+
+constexpr int64_t PANEL = 64;      // columns of y: four vectors
+constexpr int64_t ROWS = 48;       // rows of y that a task computes
+constexpr int64_t STEP = 64;       // groups of four terms at a time: 16 KiB of a panel
+constexpr int64_t TILE_ROWS = 6;   // 6 x 4 vectors of sums, 4 of weights and one of x fit 32 registers
+constexpr float WHOLE = 0x1.8p23;  // added to a small float, it leaves the nearest integer in the lowest bits
+
+using Vector = Floats<Avx512>;
+using Integers = Ints<Avx512>;
+
+enum class Activation { none, erf, tanh };
+
+struct Int8Linear {
+  const float* x;
+  const int32_t* packed;  // [panels, groups, PANEL], four weights each
+  const float* scale;     // [columns]
+  const int32_t* offset;  // [columns]
+  const float* bias;      // [columns] or null
+  float* y;
+  int64_t stride_x, columns, depth, groups;
+  Activation activation;
+};
+
+struct Scratch {
+  int32_t* x;     // [ROWS, groups]: four shifted bytes each
+  int32_t* sums;  // [ROWS, PANEL]
+  float* scale;   // [ROWS]
+};
+
+// A row as bytes around 128, the unit of which it returns; not a number where the row holds what no byte can stand for.
+TARGET_VNNI ALWAYS_INLINE float quantize_row(const float* x, int64_t depth, int64_t groups, int32_t* to) {
+  Vector most = {}, poison = {};
+  for (int64_t k = 0; k < depth; k += 16) {
+    const Vector v = load_first<Vector>(x + k, depth - k), size = v < 0.0f ? -v : v;
+    most = size > most ? size : most;
+    poison += v * 0.0f;
+  }
+  float largest = 0.0f;
+  for (int lane = 0; lane < 16; ++lane) largest = std::max(largest, most[lane]);
+  const float factor = largest > 0.0f ? 127.0f / largest : 0.0f;
+  typename VectorOf<uint8_t, 16>::type bytes;
+  for (int64_t k = 0; k < 4 * groups; k += 16) {
+    const Vector v = k < depth ? load_first<Vector>(x + k, depth - k) : Vector{};
+    const Vector whole = rounded(v * factor) + WHOLE;
+    bytes = __builtin_convertvector(bits_as<Integers>(whole) - (bits_as<int32_t>(WHOLE) - 128), decltype(bytes));
+    store_first(reinterpret_cast<uint8_t*>(to) + k, bytes, 4 * groups - k);
+  }
+  return largest / 127.0f + sum(poison);
+}
+
+template <int... I, int... V>
+TARGET_VNNI ALWAYS_INLINE void tile(const int32_t* x, int64_t stride_x, const int32_t* panel, int32_t* sums, int64_t groups,
+                                    bool accumulate, std::integer_sequence<int, I...>, std::integer_sequence<int, V...>) {
+  Integers sum[sizeof...(I)] = {};
+  if (accumulate) ((sum[I] = load<Integers>(sums + I / 4 * PANEL + I % 4 * 16)), ...);
+  for (int64_t group = 0; group < groups; ++group) {
+    const Integers weights[] = {load<Integers>(panel + V * 16)...};
+    ((sum[I] = reinterpret_cast<Integers>(__builtin_ia32_vpdpbusd_v16si(sum[I], x[I / 4 * stride_x] - Integers{},
+                                                                       weights[I % 4]))),
+     ...);
+    ++x;
+    panel += PANEL;
+  }
+  (store(sums + I / 4 * PANEL + I % 4 * 16, sum[I]), ...);
+}
+
+template <int HEIGHT>
+TARGET_VNNI void tile_of(const int32_t* x, int64_t stride_x, const int32_t* panel, int32_t* sums, int64_t groups, bool accumulate) {
+  tile(x, stride_x, panel, sums, groups, accumulate, std::make_integer_sequence<int, HEIGHT * 4>(),
+       std::make_integer_sequence<int, 4>());
+}
+
+constexpr decltype(&tile_of<1>) TILES[] = {nullptr,    tile_of<1>, tile_of<2>, tile_of<3>,
+                                           tile_of<4>, tile_of<5>, tile_of<6>};
+
+// Rows [begin, end), at most ROWS, and panels [first, last).
+TARGET_VNNI void multiply_block(const Int8Linear& p, int64_t begin, int64_t end, int64_t first, int64_t last, const Scratch& s) {
+  const int64_t rows = end - begin;
+  for (int64_t r = 0; r < rows; ++r)
+    s.scale[r] = quantize_row(p.x + (begin + r) * p.stride_x, p.depth, p.groups, s.x + r * p.groups);
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t column = panel * PANEL;
+    const int32_t* weights = p.packed + column * p.groups;
+    for (int64_t group = 0; group < p.groups; group += STEP)
+      for (int64_t r = 0; r < rows; r += TILE_ROWS)
+        TILES[std::min(TILE_ROWS, rows - r)](s.x + r * p.groups + group, p.groups, weights + group * PANEL, s.sums + r * PANEL,
+                                             std::min(STEP, p.groups - group), group > 0);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = column; c < std::min(column + PANEL, p.columns); c += 16) {
+        const int64_t n = p.columns - c;
+        const Integers sum = load<Integers>(s.sums + r * PANEL + c - column) - load_first<Integers>(p.offset + c, n);
+        Vector y = __builtin_convertvector(sum, Vector) * (load_first<Vector>(p.scale + c, n) * s.scale[r]);
+        if (p.bias) y += load_first<Vector>(p.bias + c, n);
+        if (p.activation == Activation::erf) y = gelu<Avx512>(y);
+        if (p.activation == Activation::tanh) y = gelu_tanh<Avx512>(y);
+        store_first(p.y + (begin + r) * p.columns + c, y, n);
+      }
+  }
+}
+
+Activation activation_of(std::optional<std::string_view> name) {
+  if (!name.has_value()) return Activation::none;
+  TORCH_CHECK_VALUE(*name == "none" || *name == "tanh", "gelu must be None, 'none' or 'tanh', got '", *name, "'");
+  return *name == "none" ? Activation::erf : Activation::tanh;
+}
+
+at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& offset,
+                           const std::optional<at::Tensor>& bias, std::optional<std::string_view> gelu,
+                           const std::optional<at::Tensor>& count) {
+  check_float(x, "x", 2);
+  check_float(scale, "scale", 1);
+  const int64_t n = x.size(0), depth = x.size(1), columns = scale.size(0), real = real_rows(count, n);
+  const int64_t groups = (depth + 3) / 4, panels = (columns + PANEL - 1) / PANEL;
+  TORCH_CHECK_VALUE(packed.scalar_type() == at::kChar && packed.is_contiguous() && packed.device().is_cpu(),
+                    "packed must be a contiguous int8 CPU tensor, got ", packed.scalar_type(), " on ", packed.device());
+  check_shape(packed, "packed", {panels, groups, PANEL, 4});
+  TORCH_CHECK_VALUE(offset.scalar_type() == at::kInt && offset.is_contiguous(), "offset must be contiguous int32, got ",
+                    offset.scalar_type());
+  check_shape(offset, "offset", {columns});
+  at::Tensor shift;
+  if (bias.has_value()) {
+    check_float(*bias, "bias", 1);
+    check_shape(*bias, "bias", {columns});
+    shift = bias->contiguous();
+  }
+  const at::Tensor rows = with_unit_stride(x), scales = scale.contiguous(), y = at::empty({n, columns}, x.options());
+  const Int8Linear params{rows.const_data_ptr<float>(),
+                          reinterpret_cast<const int32_t*>(packed.const_data_ptr<int8_t>()),
+                          scales.const_data_ptr<float>(),
+                          offset.const_data_ptr<int32_t>(),
+                          bias.has_value() ? shift.const_data_ptr<float>() : nullptr,
+                          y.mutable_data_ptr<float>(),
+                          rows.stride(0),
+                          columns,
+                          depth,
+                          groups,
+                          activation_of(gelu)};
+  const int64_t blocks = (real + ROWS - 1) / ROWS;
+  // Where there are few rows, threads share their columns; the sums are exact, so how does not matter.
+  const int64_t shares = blocks ? std::clamp<int64_t>((4 * at::get_num_threads() + blocks - 1) / blocks, 1, panels) : 1;
+  for_each_task(blocks * shares, ROWS * (groups + PANEL + 1), [&](int64_t task, float* scratch) {
+    int32_t* sums = reinterpret_cast<int32_t*>(scratch);
+    const Scratch mine{sums + ROWS * PANEL, sums, scratch + ROWS * (PANEL + groups)};
+    const int64_t block = task / shares, share = task % shares;
+    multiply_block(params, real * block / blocks, real * (block + 1) / blocks, panels * share / shares,
+                   panels * (share + 1) / shares, mine);
+  });
+  return y;
+}
+
+bool int8_linear_is_fast() { return active_level() == Level::avx512 && __builtin_cpu_supports("avx512vnni"); }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
+  m.def("int8_linear_is_fast() -> bool", TORCH_FN(int8_linear_is_fast));
+  m.def(
+      "int8_linear_fwd(Tensor x, Tensor packed, Tensor scale, Tensor offset, Tensor? bias=None, str? gelu=None, "
+      "Tensor? count=None) -> Tensor",
+      torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(int8_linear_fwd)));
+}
+
+}  // namespace roberta_fast
+#endif
