@@ -7,7 +7,27 @@
 #include "common.h"
 #include "vmath.h"
 
+namespace roberta_fast {
+namespace {
+
+// False where a build or a processor lacks the instruction, or tests have asked for an older one.
+bool int8_linear_is_fast() {
 #if ROBERTA_FAST_X86
+  return active_level() == Level::avx512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) { m.def("int8_linear_is_fast() -> bool", TORCH_FN(int8_linear_is_fast)); }
+
+}  // namespace roberta_fast
+
+#if ROBERTA_FAST_X86
+#include <immintrin.h>
+
 #define TARGET_VNNI __attribute__((target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl," ROBERTA_FAST_AVX2)))
 
 namespace roberta_fast {
@@ -18,6 +38,7 @@ constexpr int64_t ROWS = 48;       // rows of y that a task computes
 constexpr int64_t STEP = 64;       // groups of four terms at a time: 16 KiB of a panel
 constexpr int64_t TILE_ROWS = 6;   // 6 x 4 vectors of sums, 4 of weights and one of x fit 32 registers
 constexpr float WHOLE = 0x1.8p23;  // added to a small float, it leaves the nearest integer in the lowest bits
+constexpr float LEAST = 0x1p-119;  // rows of smaller values count as zeros: 127 / LEAST is still finite
 
 using Vector = Floats<Avx512>;
 using Integers = Ints<Avx512>;
@@ -51,7 +72,7 @@ TARGET_VNNI ALWAYS_INLINE float quantize_row(const float* x, int64_t depth, int6
   }
   float largest = 0.0f;
   for (int lane = 0; lane < 16; ++lane) largest = std::max(largest, most[lane]);
-  const float factor = largest > 0.0f ? 127.0f / largest : 0.0f;
+  const float factor = largest >= LEAST ? 127.0f / largest : 0.0f;
   typename VectorOf<uint8_t, 16>::type bytes;
   for (int64_t k = 0; k < 4 * groups; k += 16) {
     const Vector v = k < depth ? load_first<Vector>(x + k, depth - k) : Vector{};
@@ -62,6 +83,12 @@ TARGET_VNNI ALWAYS_INLINE float quantize_row(const float* x, int64_t depth, int6
   return largest / 127.0f + sum(poison);
 }
 
+// sum + x . weights, of four unsigned by four signed bytes in each lane.
+TARGET_VNNI ALWAYS_INLINE Integers dot(const Integers& sum, const Integers& x, const Integers& weights) {
+  return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(x),
+                                                        reinterpret_cast<__m512i>(weights)));
+}
+
 template <int... I, int... V>
 TARGET_VNNI ALWAYS_INLINE void tile(const int32_t* x, int64_t stride_x, const int32_t* panel, int32_t* sums, int64_t groups,
                                     bool accumulate, std::integer_sequence<int, I...>, std::integer_sequence<int, V...>) {
@@ -69,9 +96,7 @@ TARGET_VNNI ALWAYS_INLINE void tile(const int32_t* x, int64_t stride_x, const in
   if (accumulate) ((sum[I] = load<Integers>(sums + I / 4 * PANEL + I % 4 * 16)), ...);
   for (int64_t group = 0; group < groups; ++group) {
     const Integers weights[] = {load<Integers>(panel + V * 16)...};
-    ((sum[I] = reinterpret_cast<Integers>(__builtin_ia32_vpdpbusd_v16si(sum[I], x[I / 4 * stride_x] - Integers{},
-                                                                       weights[I % 4]))),
-     ...);
+    ((sum[I] = dot(sum[I], x[I / 4 * stride_x] - Integers{}, weights[I % 4])), ...);
     ++x;
     panel += PANEL;
   }
@@ -95,7 +120,7 @@ TARGET_VNNI void multiply_block(const Int8Linear& p, int64_t begin, int64_t end,
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t column = panel * PANEL;
     const int32_t* weights = p.packed + column * p.groups;
-    for (int64_t group = 0; group < p.groups; group += STEP)
+    for (int64_t group = 0; group == 0 || group < p.groups; group += STEP)  // once where there are none: it stores zeros
       for (int64_t r = 0; r < rows; r += TILE_ROWS)
         TILES[std::min(TILE_ROWS, rows - r)](s.x + r * p.groups + group, p.groups, weights + group * PANEL, s.sums + r * PANEL,
                                              std::min(STEP, p.groups - group), group > 0);
@@ -121,6 +146,7 @@ Activation activation_of(std::optional<std::string_view> name) {
 at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& offset,
                            const std::optional<at::Tensor>& bias, std::optional<std::string_view> gelu,
                            const std::optional<at::Tensor>& count) {
+  TORCH_CHECK_NOT_IMPLEMENTED(__builtin_cpu_supports("avx512vnni"), "this processor has no AVX-512 VNNI");
   check_float(x, "x", 2);
   check_float(scale, "scale", 1);
   const int64_t n = x.size(0), depth = x.size(1), columns = scale.size(0), real = real_rows(count, n);
@@ -128,8 +154,8 @@ at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const 
   TORCH_CHECK_VALUE(packed.scalar_type() == at::kChar && packed.is_contiguous() && packed.device().is_cpu(),
                     "packed must be a contiguous int8 CPU tensor, got ", packed.scalar_type(), " on ", packed.device());
   check_shape(packed, "packed", {panels, groups, PANEL, 4});
-  TORCH_CHECK_VALUE(offset.scalar_type() == at::kInt && offset.is_contiguous(), "offset must be contiguous int32, got ",
-                    offset.scalar_type());
+  TORCH_CHECK_VALUE(offset.scalar_type() == at::kInt && offset.is_contiguous() && offset.device().is_cpu(),
+                    "offset must be a contiguous int32 CPU tensor, got ", offset.scalar_type(), " on ", offset.device());
   check_shape(offset, "offset", {columns});
   at::Tensor shift;
   if (bias.has_value()) {
@@ -149,9 +175,10 @@ at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const 
                           depth,
                           groups,
                           activation_of(gelu)};
+  if (real == 0 || columns == 0) return y;
   const int64_t blocks = (real + ROWS - 1) / ROWS;
   // Where there are few rows, threads share their columns; the sums are exact, so how does not matter.
-  const int64_t shares = blocks ? std::clamp<int64_t>((4 * at::get_num_threads() + blocks - 1) / blocks, 1, panels) : 1;
+  const int64_t shares = std::clamp<int64_t>((4 * at::get_num_threads() + blocks - 1) / blocks, 1, panels);
   for_each_task(blocks * shares, ROWS * (groups + PANEL + 1), [&](int64_t task, float* scratch) {
     int32_t* sums = reinterpret_cast<int32_t*>(scratch);
     const Scratch mine{sums + ROWS * PANEL, sums, scratch + ROWS * (PANEL + groups)};
@@ -162,12 +189,9 @@ at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const 
   return y;
 }
 
-bool int8_linear_is_fast() { return active_level() == Level::avx512 && __builtin_cpu_supports("avx512vnni"); }
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
-  m.def("int8_linear_is_fast() -> bool", TORCH_FN(int8_linear_is_fast));
   m.def(
       "int8_linear_fwd(Tensor x, Tensor packed, Tensor scale, Tensor offset, Tensor? bias=None, str? gelu=None, "
       "Tensor? count=None) -> Tensor",
