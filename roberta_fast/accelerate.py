@@ -66,7 +66,9 @@ def patch_transformers(model_types: list[str] | None = None, options: FastOption
     if options.deterministic:
         raise ValueError("deterministic=True reaches heads only through accelerate_model, not through patch_transformers")
     if options.precision is not None:
-        raise ValueError(f"precision={options.precision!r} copies weights that are loaded: call accelerate_model on the model then")
+        raise ValueError(
+            f"precision={options.precision!r} copies weights that are loaded: call accelerate_model on the model then"
+        )
     for family in FAMILIES if model_types is None else [family_of(model_type) for model_type in model_types]:
         replacement = fast.fast_class(family, "encoder")
         replacement.fast_options = options

@@ -36,6 +36,7 @@ namespace {
 constexpr int64_t PANEL = 64;      // columns of y: four vectors
 constexpr int64_t ROWS = 48;       // rows of y that a task computes
 constexpr int64_t STEP = 64;       // groups of four terms at a time: 16 KiB of a panel
+constexpr int64_t BLOCK = 64;      // terms that are rotated together
 constexpr int64_t TILE_ROWS = 6;   // 6 x 4 vectors of sums, 4 of weights and one of x fit 32 registers
 constexpr float WHOLE = 0x1.8p23;  // added to a small float, it leaves the nearest integer in the lowest bits
 constexpr float LEAST = 0x1p-119;  // rows of smaller values count as zeros: 127 / LEAST is still finite
@@ -57,13 +58,59 @@ struct Int8Linear {
 };
 
 struct Scratch {
-  int32_t* x;     // [ROWS, groups]: four shifted bytes each
-  int32_t* sums;  // [ROWS, PANEL]
-  float* scale;   // [ROWS]
+  int32_t* x;      // [ROWS, groups]: four shifted bytes each
+  int32_t* sums;   // [ROWS, PANEL]
+  float* scale;    // [ROWS]
+  float* rotated;  // [4 * groups]: a row
 };
 
-// A row as bytes around 128, the unit of which it returns; not a number where the row holds what no byte can stand for.
-TARGET_VNNI ALWAYS_INLINE float quantize_row(const float* x, int64_t depth, int64_t groups, int32_t* to) {
+// One pass of the butterfly: lanes whose numbers differ in bit H become their sum and their difference.
+template <int H, int... I>
+TARGET_VNNI ALWAYS_INLINE Vector sums_and_differences(const Vector& v, std::integer_sequence<int, I...>) {
+  const Vector other = __builtin_shufflevector(v, v, (I ^ H)...);
+  const Integers upper = {(I & H ? -1 : 0)...};
+  return upper ? other - v : other + v;
+}
+
+// A block of x times the Hadamard matrix / 8.
+TARGET_VNNI ALWAYS_INLINE void rotate_block(const float* x, float* to) {
+  const auto lanes = std::make_integer_sequence<int, 16>();
+  Vector v[4];
+  for (int i = 0; i < 4; ++i) {
+    v[i] = sums_and_differences<1>(load<Vector>(x + 16 * i), lanes);
+    v[i] = sums_and_differences<2>(v[i], lanes);
+    v[i] = sums_and_differences<4>(v[i], lanes);
+    v[i] = sums_and_differences<8>(v[i], lanes);
+  }
+  const Vector a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
+  store(to, (a + c) * 0.125f);
+  store(to + 16, (b + d) * 0.125f);
+  store(to + 32, (a - c) * 0.125f);
+  store(to + 48, (b - d) * 0.125f);
+}
+
+// The same for the n < BLOCK terms behind the last block, in blocks of the powers of two that make up n.
+TARGET_VNNI void rotate_rest(const float* x, int64_t n, float* to) {
+  std::copy(x, x + n, to);
+  for (int64_t size = BLOCK / 2; size > 0; size /= 2) {
+    if (!(n & size)) continue;
+    for (int64_t half = 1; half < size; half *= 2)
+      for (int64_t i = 0; i < size; ++i)
+        if (!(i & half)) {
+          const float low = to[i], high = to[i + half];
+          to[i] = low + high;
+          to[i + half] = low - high;
+        }
+    const float unit = size >= 16 ? 0.25f : size >= 4 ? 0.5f : 1.0f;  // the power of two at or above 1 / sqrt(size)
+    for (int64_t i = 0; i < size; ++i) to[i] *= unit;
+    to += size;
+  }
+}
+
+// A row, rotated, as bytes around 128, the unit of which it returns; not a number where the row holds what no byte can stand for.
+TARGET_VNNI ALWAYS_INLINE float quantize_row(const float* row, int64_t depth, int64_t groups, int32_t* to, float* x) {
+  for (int64_t k = 0; k < depth; k += BLOCK)
+    depth - k >= BLOCK ? rotate_block(row + k, x + k) : rotate_rest(row + k, depth - k, x + k);
   Vector most = {}, poison = {};
   for (int64_t k = 0; k < depth; k += 16) {
     const Vector v = load_first<Vector>(x + k, depth - k), size = v < 0.0f ? -v : v;
@@ -116,7 +163,7 @@ constexpr decltype(&tile_of<1>) TILES[] = {nullptr,    tile_of<1>, tile_of<2>, t
 TARGET_VNNI void multiply_block(const Int8Linear& p, int64_t begin, int64_t end, int64_t first, int64_t last, const Scratch& s) {
   const int64_t rows = end - begin;
   for (int64_t r = 0; r < rows; ++r)
-    s.scale[r] = quantize_row(p.x + (begin + r) * p.stride_x, p.depth, p.groups, s.x + r * p.groups);
+    s.scale[r] = quantize_row(p.x + (begin + r) * p.stride_x, p.depth, p.groups, s.x + r * p.groups, s.rotated);
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t column = panel * PANEL;
     const int32_t* weights = p.packed + column * p.groups;
@@ -179,9 +226,10 @@ at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const 
   const int64_t blocks = (real + ROWS - 1) / ROWS;
   // Where there are few rows, threads share their columns; the sums are exact, so how does not matter.
   const int64_t shares = std::clamp<int64_t>((4 * at::get_num_threads() + blocks - 1) / blocks, 1, panels);
-  for_each_task(blocks * shares, ROWS * (groups + PANEL + 1), [&](int64_t task, float* scratch) {
+  for_each_task(blocks * shares, ROWS * (groups + PANEL + 1) + 4 * groups, [&](int64_t task, float* scratch) {
     int32_t* sums = reinterpret_cast<int32_t*>(scratch);
-    const Scratch mine{sums + ROWS * PANEL, sums, scratch + ROWS * (PANEL + groups)};
+    const Scratch mine{sums + ROWS * PANEL, sums, scratch + ROWS * (PANEL + groups),
+                       scratch + ROWS * (PANEL + groups + 1)};
     const int64_t block = task / shares, share = task % shares;
     multiply_block(params, real * block / blocks, real * (block + 1) / blocks, panels * share / shares,
                    panels * (share + 1) / shares, mine);

@@ -2,12 +2,15 @@
 
 Both factors are symmetric (no zero points). W is quantized beforehand, with a scale for each output channel m; x on the way in,
 with a scale for each row n, so that a row's result does not depend on the rows beside it (Dettmers et al. 2022, "LLM.int8()",
-section 2.1, "vector-wise quantization"):
-    u[m] = max|W[m]| / 127, Q[m, k] = round(W[m, k] · 127 / max|W[m]|)
-    s[n] = max|x[n]| / 127, q[n, k] = round(x[n, k] · 127 / max|x[n]|), ties to even
+section 2.1, "vector-wise quantization"). A few channels of a LayerNorm's output are tens of times as large as the others, which
+would leave those with few of the 255 steps; so both factors are rotated first, by an orthogonal R that spreads a channel over the
+64 of its block (Ashkboos et al. 2024, "QuaRot"), as x Wᵀ = (x R)(W R)ᵀ:
+    u[m] = max|(W R)[m]| / 127, Q[m, k] = round((W R)[m, k] / u[m])
+    s[n] = max|(x R)[n]| / 127, q[n, k] = round((x R)[n, k] / s[n]), ties to even
     y[n, m] = act(u[m] s[n] Σₖ q[n, k] Q[m, k] + b[m]), act the identity or GELU.
+R is block-diagonal: Hadamard matrices of 64 / 8, and for what is left of K those of the powers of two that make it up.
 The sums are exact, in any order and on any number of threads: the same bits in any batch. Rounding moves a factor by at most half
-its scale, hence |y - (x Wᵀ + b)| <= s/2 Σₖ|W| + u/2 Σₖ|x| + K s u/4 before act.
+its scale, hence |y - (x Wᵀ + b)| <= s/2 Σₖ|W R| + u/2 Σₖ|x R| + K s u/4 before act.
 
 Packed weights are [panels, groups, 64, 4]: 64 output channels a panel, 4 terms a group, zeros behind both, as the instruction
 VPDPBUSD reads them. It multiplies unsigned by signed bytes; q + 128 is unsigned, and ``offset`` is what that adds to a sum.
@@ -22,7 +25,7 @@ from roberta_fast import dispatch
 from roberta_fast.ops.linear_gelu import APPROXIMATIONS
 from roberta_fast.ops.registration import check_rows, define, facts_of, refuse, register_autograd, register_backends
 
-PANEL, GROUP = 64, 4
+PANEL, GROUP, BLOCK = 64, 4, 64
 LONGEST_SUM = 2**17  # of 128 times 127: more could leave 32 bits
 LEAST = 2.0**-119  # rows of smaller values count as zeros, as 127 / max would come near float32's end
 _EXACT_IN_FLOAT32 = 1040  # so many products of 127 by 127 sum to less than 2^24
@@ -44,8 +47,8 @@ class Int8Weight(NamedTuple):
         return _unpacked(self.packed, self.shape)
 
     def dequantized(self) -> torch.Tensor:
-        """u Q, float32 [M, K]."""
-        return self.integers() * self.scale[:, None]
+        """u Q Rᵀ, float32 [M, K]: the weight that products with this one come close to."""
+        return rotate(self.integers() * self.scale[:, None])
 
 
 def quantize_weight(weight: torch.Tensor) -> Int8Weight:
@@ -57,7 +60,7 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(Q int8 [M, K], u float32 [M]) of ``weight`` [M, K], floating. Raises ValueError where a value is not finite."""
     if weight.dim() != 2 or not weight.is_floating_point():
         refuse("weight", f"{weight.dtype} {tuple(weight.shape)}", "floating [M, K]")
-    integers, scale = _quantized_rows(weight.detach().float())
+    integers, scale = _quantized_rows(rotate(weight.detach().float(), inverse=True))
     if not scale.isfinite().all():
         refuse("weight", "infinite or no numbers", "finite")
     return integers.to(torch.int8), scale
@@ -78,7 +81,8 @@ def pack_weight(integers: torch.Tensor, scale: torch.Tensor) -> Int8Weight:
     if (integers == -128).any():
         refuse("integers", -128, "from -127 to 127")
     padded = F.pad(integers, (0, -inner % GROUP, 0, -outer % PANEL))
-    packed = padded.view(-1, PANEL, padded.shape[1] // GROUP, GROUP).transpose(1, 2).contiguous()
+    panels, groups = padded.shape[0] // PANEL, padded.shape[1] // GROUP
+    packed = padded.view(panels, PANEL, groups, GROUP).transpose(1, 2).contiguous()
     return Int8Weight(packed, scale.clone(), 128 * integers.sum(1, dtype=torch.int32), (outer, inner))
 
 
@@ -116,7 +120,7 @@ def int8_linear_ref(x, packed, scale, offset, bias=None, gelu=None, count=None):
     """The composition in plain PyTorch, with the same exact sums: products of small integers in float32, added up in int32."""
     dtype = x.dtype
     x = x if dtype == torch.float64 else x.float()
-    integers, row_scale = _quantized_rows(x)
+    integers, row_scale = _quantized_rows(rotate(x))
     weight = _unpacked(packed, (scale.shape[0], x.shape[1])).float()
     sums = torch.zeros(x.shape[0], scale.shape[0], dtype=torch.int32, device=x.device)
     for terms, weights in zip(integers.float().split(_EXACT_IN_FLOAT32, 1), weight.split(_EXACT_IN_FLOAT32, 1), strict=True):
@@ -124,6 +128,22 @@ def int8_linear_ref(x, packed, scale, offset, bias=None, gelu=None, count=None):
     y = sums.to(x.dtype) * (scale.to(x.dtype) * row_scale[:, None])
     y = y if bias is None else y + bias.to(x.dtype)
     return (y if gelu is None else F.gelu(y, approximate=gelu)).to(dtype)
+
+
+def rotate(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    """x R of x [N, K], or x R⁻ᵀ. They are the same but for the factors of blocks whose size is no power of four: those are powers
+    of two as well, so that neither rounds."""
+    inner = x.shape[1]
+    sizes = [BLOCK] * (inner // BLOCK) + [1 << bit for bit in reversed(range(BLOCK.bit_length() - 1)) if inner >> bit & 1]
+    rotated = []
+    for block in x.split(sizes, 1):
+        size, half = block.shape[1], 1
+        while half < size:
+            low, high = block.reshape(-1, size // (2 * half), 2, half).unbind(2)
+            block, half = torch.stack([low + high, low - high], 2).view(block.shape), 2 * half
+        bits = size.bit_length() - 1
+        rotated.append(block * 2.0 ** -((bits + inverse) // 2))
+    return torch.cat(rotated, 1) if rotated else x
 
 
 def _quantized_rows(x):
