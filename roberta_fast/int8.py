@@ -1,4 +1,4 @@
-"""8-bit copies of a fast layer's linear weights: made by explicit call, read in inference alone, dropped where they would be wrong.
+"""8-bit copies of a fast layer's linear weights: made by explicit call, read in inference, dropped where they would be wrong.
 
 They stand beside the parameters, in ``layer.int8``, which holds the reason where there are none. So ``parameters()``,
 ``state_dict()`` and what is saved stay the stock model's. Once the fp32 weights are released, nothing is dropped any more: what

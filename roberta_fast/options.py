@@ -25,8 +25,8 @@ class FastOptions:
         Linear layers become ``roberta_fast.deterministic.Linear``. Of PyTorch's own activations only exact GELU, ReLU and tanh
         keep the promise.
     precision: None computes in the model's own; ``"int8"`` makes 8-bit copies of the layers' linear weights when
-        ``accelerate_model`` is called, and computes with them in inference on CPU. ``train()``, ``load_state_dict`` and a change of dtype or device
-        drop the copies; calls that record gradients do without them. See docs/int8.md.
+        ``accelerate_model`` is called, and computes with them in inference on CPU. ``train()``, ``load_state_dict`` and a change
+        of dtype or device drop the copies; calls that record gradients do without them. See docs/int8.md.
     Raises ValueError for any other value.
     """
 

@@ -32,7 +32,7 @@ def release_weights(model: nn.Module) -> nn.Module:
 
     What is left serves inference alone: no parameter asks for gradients any more, and ``train()``, ``state_dict()``,
     ``save_pretrained``, ``restore_model`` and calls that would compute in fp32 raise, naming the cause. ``save_quantized`` works.
-    Raises ValueError, with nothing changed, where a layer has no copies; ``accelerate_model(model, precision="int8")`` makes them.
+    Raises ValueError, with nothing changed, where a layer has no copies: see ``accelerate_model`` and ``precision="int8"``.
     """
     layers = _int8_layers(model)
     for layer in layers:
