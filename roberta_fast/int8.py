@@ -51,11 +51,12 @@ class Int8Linears(NamedTuple):
 
         def joined(*names):
             weight = pack_weight(*(torch.cat(tensors) for tensors in zip(*(quantized[name] for name in names), strict=True)))
+            weight = Int8Weight(*map(_fixed, weight[:3]), weight.shape)
             biases = [getattr(parts, name).bias for name in names]
             if all(bias is None for bias in biases):
                 return Int8Linear(weight, None)
             zeros = [torch.zeros(quantized[name][1].shape) if b is None else b for name, b in zip(names, biases, strict=True)]
-            return Int8Linear(weight, torch.cat([bias.detach() for bias in zeros]))
+            return Int8Linear(weight, _fixed(torch.cat([bias.detach() for bias in zeros])))
 
         sources = tuple(getattr(parts, name).weight for name in LINEARS)
         return cls(joined("query", "key", "value"), *(joined(name) for name in LINEARS[3:]), sources)
@@ -75,6 +76,11 @@ class Int8Linears(NamedTuple):
     def is_released(self) -> bool:
         """Whether the fp32 weights are gone."""
         return isinstance(self.sources[0], ReleasedWeight)
+
+
+def _fixed(tensor):
+    """As a parameter, though of no module: ``torch.compile`` takes the sizes of those, and of no other tensors, for constants."""
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 class ReleasedWeight(torch.Tensor):
