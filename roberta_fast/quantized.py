@@ -150,7 +150,7 @@ def _read(path):
             if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
                 wanted, got = (FORMAT, VERSION), (metadata.get("format"), metadata.get("version"))
                 raise ValueError(f"{path} is of format and version {got}, and this roberta_fast reads {wanted}")
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no dictionary
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
 
@@ -169,14 +169,14 @@ def _fill(layer, tensors, names, folder):
         quantized[name] = (tensors.pop(place), tensors.pop(f"{place}_scale"))
         if linear.bias is not None:
             _check(tensors, f"{names[linear]}.bias", torch.float32, linear.bias.shape, folder)
-            linear.bias = nn.Parameter(tensors[f"{names[linear]}.bias"], requires_grad=False)
+            linear.bias = nn.Parameter(tensors[f"{names[linear]}.bias"].clone(), requires_grad=False)
     _set_released(parts)
     layer.int8 = Int8Linears.of(parts, quantized)
 
 
 def _fill_rest(model, tensors, folder):
     """Gives ``model`` every other parameter and buffer; a tied one under each of its names."""
-    loaded = {}
+    loaded = {}  # {id: (its value, the empty tensor itself, which keeps the id its own)}
     for module_name, module in model.named_modules():
         for kind in (module._parameters, module._buffers):
             for name, tensor in kind.items():
@@ -185,8 +185,10 @@ def _fill_rest(model, tensors, folder):
                 key = f"{module_name}.{name}".removeprefix(".")
                 if id(tensor) not in loaded:
                     _check(tensors, key, tensor.dtype, tensor.shape, folder)
-                    value = tensors.pop(key)
-                    loaded[id(tensor)] = nn.Parameter(value, requires_grad=False) if kind is module._parameters else value, tensor
+                    value = tensors.pop(key).clone()  # no longer a map of the file
+                    if kind is module._parameters:
+                        value = nn.Parameter(value, requires_grad=False)
+                    loaded[id(tensor)] = (value, tensor)
                 kind[name] = loaded[id(tensor)][0]
     if tensors:
         raise ValueError(f"{str(folder)!r} holds tensors that {type(model).__name__} does not: {', '.join(sorted(tensors)[:5])}")

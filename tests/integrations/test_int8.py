@@ -76,8 +76,8 @@ def int8_layers(model):
 
 
 def test_minilm(checkpoint):
-    """Every text's embedding, and which texts are near each other; where int8 names another nearest text, the two were as good
-    as equally near."""
+    """Every text's embedding, and the order of its neighbours wherever fp32 tells two apart by more than 0.02; where another text
+    becomes the nearest, the two were as good as equally near."""
     model, tokenizer = AutoModel.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
     texts = read_sentences(None)
     batches = tokenize(tokenizer, model.config, texts, 32, "cpu")
@@ -85,11 +85,13 @@ def test_minilm(checkpoint):
     got = embed_all(accelerate_model(model, precision="int8", on_unsupported="error"), batches)
     cosines = (got * wanted).sum(1)
     assert cosines.min() >= 0.999 and cosines.mean() >= 0.9995
-    pairs = [[{p["text"], p["nearest"]} for p in neighbours(texts, e, shown=5)] for e in (wanted, got)]
+    pairs = [[{p["text"], p["nearest"]} for p in neighbours(texts, e, shown=4)] for e in (wanted, got)]
     assert pairs[0] == pairs[1]
     exact, rough = ((e @ e.T).fill_diagonal_(-1) for e in (wanted, got))
     lost = exact.amax(1) - exact.gather(1, rough.argmax(1)[:, None])[:, 0]
-    assert (lost > 0).sum() <= 0.05 * len(texts) and lost.max() < 0.01
+    assert (lost > 0).sum() <= 0.03 * len(texts) and lost.max() < 0.005
+    nearer, still_nearer = (e[:, :, None] - e[:, None] for e in (exact, rough))
+    assert (still_nearer[nearer > 0.02] > 0).all()
     parity = check_parity(model, batches[0])
     assert 0.995 < parity.cosine < 0.99999, "of single tokens, which vary more than their means"
     assert explain(model).fallbacks == () and explain(model).fp32_calls == {}
