@@ -96,7 +96,8 @@ class FastEncoder:
             if flattened is None
             else PackedBatch.of_flattened(hidden_states, flattened, kwargs.get("max_length_q"), self.fast_options)
         )
-        batch = batch._replace(int8=self._computes_in_int8(hidden_states))
+        if self._computes_in_int8(hidden_states):
+            batch = batch._replace(int8=True)
         watched = "hidden_states" in collected or any(is_watched(layer) for layer in self.layer)
         rows = hidden_states if watched else batch.pack(hidden_states)
         try:

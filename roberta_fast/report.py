@@ -117,7 +117,7 @@ _OPERATIONS = {
 
 def _precision(layers, asked):
     """How many layers multiply in 8 bits."""
-    able = [layer for layer in layers if int8.copies_of(layer, layer_parts(layer))]
+    able = [layer for layer in layers if int8.is_released(layer) or int8.copies_of(layer, layer_parts(layer))]
     released = ", fp32 weights released" if any(map(int8.is_released, able)) else ""
     return f"{asked} linear layers in {len(able)} of {len(layers)} layers{released}"
 
