@@ -10,8 +10,11 @@ _HOMES = {
     "accelerate_model": "accelerate",
     "check_parity": "report",
     "explain": "report",
+    "load_quantized": "quantized",
     "patch_transformers": "accelerate",
+    "release_weights": "quantized",
     "restore_model": "accelerate",
+    "save_quantized": "quantized",
     "supported_model_types": "families",
     "unpatch_transformers": "accelerate",
 }

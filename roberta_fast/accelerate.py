@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from roberta_fast import encoder as fast
+from roberta_fast import int8
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import FAMILIES, Family, family_of, family_of_encoder, supported_model_types
 from roberta_fast.options import FastOptions
@@ -29,6 +30,8 @@ def accelerate_model(model: nn.Module, options: FastOptions | None = None, **ove
         )
     for module in encoders:
         fast.layer_classes(module)  # raises before anything is changed
+        if options.precision is None:
+            int8.check_released(module.layer, "accelerate_model without precision='int8'")
     for module in encoders:
         family = family_of_encoder(module)
         if family:
@@ -39,7 +42,12 @@ def accelerate_model(model: nn.Module, options: FastOptions | None = None, **ove
 
 
 def restore_model(model: nn.Module) -> nn.Module:
-    """Makes the encoders of ``model`` stock again, in place, and returns it; one without fast encoders stays as it is."""
+    """Makes the encoders of ``model`` stock again, in place, and returns it; one without fast encoders stays as it is.
+
+    Raises ValueError, with nothing changed, where ``release_weights`` has freed what a stock model computes with.
+    """
+    for module in fast_encoders(model):
+        int8.check_released(module.layer, "restore_model")
     for module in fast_encoders(model):
         fast.make_stock(module, _owners(model, module))
     set_deterministic(model, False)
@@ -50,13 +58,17 @@ def patch_transformers(model_types: list[str] | None = None, options: FastOption
     """Makes every model of these types that is built or loaded from now on fast, without a change to the code that does so.
 
     model_types: ``config.model_type`` values, None for all supported ones. options, overrides: as in ``accelerate_model``.
-    Raises ValueError naming an unsupported type, or for ``deterministic``; nothing is patched then.
+    Raises ValueError naming an unsupported type, or for ``deterministic`` and ``precision``; nothing is patched then.
     """
     options = _options(options, overrides)
     if isinstance(model_types, str):
         raise ValueError(f"model_types must be a list, such as [{model_types!r}], got {model_types!r}")
     if options.deterministic:
         raise ValueError("deterministic=True reaches heads only through accelerate_model, not through patch_transformers")
+    if options.precision is not None:
+        raise ValueError(
+            f"precision={options.precision!r} copies weights that are loaded: call accelerate_model on the model then"
+        )
     for family in FAMILIES if model_types is None else [family_of(model_type) for model_type in model_types]:
         replacement = fast.fast_class(family, "encoder")
         replacement.fast_options = options

@@ -34,12 +34,13 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda, default: what is there"
     )
+    parser.add_argument("--precision", choices=["int8"], help="int8: the accelerated model's layers multiply in 8 bits, on cpu")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     options = parser.parse_args(argv)
     try:
         if options.json and not options.json.absolute().parent.is_dir():
             raise DemoError(f"--json: there is no folder {str(options.json.absolute().parent)!r}")
-        result = demo(options.model, options.text, options.batch_size, options.repeats, options.device)
+        result = demo(options.model, options.text, options.batch_size, options.repeats, options.device, options.precision)
     except DemoError as error:
         print(f"roberta-fast demo: {error}", file=sys.stderr)
         return 2
@@ -49,7 +50,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def demo(model_name: str | None, text: Path | None, batch_size: int, repeats: int, device: str) -> dict:
+def demo(
+    model_name: str | None, text: Path | None, batch_size: int, repeats: int, device: str, precision: str | None = None
+) -> dict:
     """Measures the demo and returns what it found, ready for JSON. Raises DemoError naming what cannot be used."""
     for name, value in (("--batch-size", batch_size), ("--repeats", repeats)):
         if value < 1:
@@ -57,7 +60,7 @@ def demo(model_name: str | None, text: Path | None, batch_size: int, repeats: in
     sentences = read_sentences(text)
     model, tokenizer, name = load(model_name, device)
     batches = tokenize(tokenizer, model.config, sentences, batch_size, device)
-    stock = restore_model(stock_clone(accelerate_model(model)))
+    stock = restore_model(stock_clone(accelerate_model(model, precision=precision)))
     parity = [check_parity(model, batch) for batch in batches]
     runs = {
         "stock": lambda: embed_all(stock, batches),

@@ -17,7 +17,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEncoder as Stock
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from roberta_fast import padding_mask
+from roberta_fast import int8, padding_mask
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
@@ -96,6 +96,8 @@ class FastEncoder:
             if flattened is None
             else PackedBatch.of_flattened(hidden_states, flattened, kwargs.get("max_length_q"), self.fast_options)
         )
+        if self._computes_in_int8(hidden_states):
+            batch = batch._replace(int8=True)
         watched = "hidden_states" in collected or any(is_watched(layer) for layer in self.layer)
         rows = hidden_states if watched else batch.pack(hidden_states)
         try:
@@ -108,16 +110,38 @@ class FastEncoder:
             raise ValueError(mixed) from error
         return self.family.output(last_hidden_state=rows if watched else batch.unpack(rows))
 
+    def _computes_in_int8(self, hidden_states: torch.Tensor) -> bool:
+        """Whether layers use their 8-bit weights in this call, where the options ask for it; reports where not all do."""
+        if self.fast_options.precision is None:
+            return False
+        layers = [unwrapped(layer) for layer in self.layer]
+        reason = int8.call_objection(self, hidden_states)
+        if reason and any(map(int8.is_released, layers)):
+            raise RuntimeError(f"roberta_fast: the layers would compute in fp32, {reason}, {int8.RELEASED}")
+        missing = next((layer.int8 for layer in layers if isinstance(layer.int8, str)), None)
+        if not self.training and (reason or missing):  # training in fp32 is no surprise
+            self._report_fp32(reason or f"8-bit weights: {missing}")
+        return reason is None
+
     def _report(self, reason: str) -> None:
         """Counts a call that takes the stock path; warns of each reason once. Traced code stays silent."""
         if self.fast_options.deterministic or self.fast_options.on_unsupported == "error":
             refused = NOT_DETERMINISTIC if self.fast_options.deterministic else "and on_unsupported='error'"
             raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {refused}")
+        self._count(self.stock_calls, reason, "takes the stock path")
+
+    def _report_fp32(self, reason: str) -> None:
+        """As ``_report``, for a call that computes in fp32 where int8 was asked for."""
+        if self.fast_options.on_unsupported == "error":
+            raise NotImplementedError(f"roberta_fast: layers would compute in fp32, {reason}, and on_unsupported='error'")
+        self._count(self.fp32_calls, reason, "computes in fp32")
+
+    def _count(self, calls, reason, what):
         if torch.compiler.is_compiling():
             return
-        if reason not in self.stock_calls and self.fast_options.on_unsupported == "warn":
-            warnings.warn(f"roberta_fast: {type(self).__name__} takes the stock path: {reason}", RuntimeWarning, stacklevel=3)
-        self.stock_calls[reason] = self.stock_calls.get(reason, 0) + 1
+        if reason not in calls and self.fast_options.on_unsupported == "warn":
+            warnings.warn(f"roberta_fast: {type(self).__name__} {what}: {reason}", RuntimeWarning, stacklevel=4)
+        calls[reason] = calls.get(reason, 0) + 1
 
 
 def encoder_objection(encoder: nn.Module) -> str | None:
@@ -208,7 +232,7 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
     if not isinstance(options, FastOptions):
         raise ValueError(f"options must be FastOptions or None, got {options!r}")
     encoder.fast_options = options
-    encoder.stock_calls = {}
+    encoder.stock_calls, encoder.fp32_calls = {}, {}
     set_deterministic(encoder, options.deterministic)
     for layer, layer_class in zip(map(unwrapped, encoder.layer), layer_classes(encoder), strict=True):
         if not isinstance(layer, FastLayer):
@@ -216,6 +240,7 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
             # A forward that was replaced before calls the stock one; one that is replaced from now on calls the fast one.
             if "forward" in layer.__dict__:
                 layer.forward_before = True
+    int8.prepare(encoder.layer, options)
     if encoder_objection(encoder) is None:
         padding_mask.mark((*_attentions(encoder), *owners))
 
@@ -235,9 +260,10 @@ def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
     set_deterministic(encoder, False)
     for layer in layers:
         layer.__class__ = layer.stock
-        layer.__dict__.pop("forward_before", None)
+        for name in ("forward_before", "int8"):
+            layer.__dict__.pop(name, None)
     stock = encoder.stock
-    for name in ("fast_options", "stock_calls", "family", "stock"):
+    for name in ("fast_options", "stock_calls", "fp32_calls", "family", "stock"):
         encoder.__dict__.pop(name, None)
     encoder.__class__ = stock
 

@@ -6,11 +6,12 @@ from torch import nn
 from roberta_fast import ops, padding_mask
 from roberta_fast.deterministic import Linear
 from roberta_fast.families import LayerParts, gelu_form, is_plain, layer_parts, unwrapped
+from roberta_fast.int8 import Int8Holder, copies_of
 from roberta_fast.ops import dropout
 from roberta_fast.packing import PackedBatch
 
 
-class FastLayer:
+class FastLayer(Int8Holder):
     """Mixin before a stock layer class: the post-LayerNorm block on packed rows."""
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
@@ -35,9 +36,10 @@ class FastLayer:
         p_attention, p_projection, p_output = (
             _probability(module) for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
         )
+        int8 = copies_of(self, parts) if batch.int8 else None
         seeds = dropout.new_seeds(3, rows.device) if p_attention or p_projection or p_output else None
         context = ops.attention(
-            *_query_key_value(rows, parts, batch),
+            *_query_key_value(rows, parts, batch, int8),
             batch.cu_seqlens,
             batch.cu_seqlens,
             batch.max_seqlen,
@@ -48,9 +50,11 @@ class FastLayer:
             seed=seeds[0:1] if p_attention else None,
             **_how(batch),
         )
-        projected = _linear(parts.attention_output, context.flatten(1), batch)
+        context = context.flatten(1)
+        projected = int8.attention_output(context, batch) if int8 else _linear(parts.attention_output, context, batch)
         rows = _add_norm(projected, rows, parts.attention_norm, p_projection, seeds, 1, batch)
-        expanded = _linear(parts.output, _activated(rows, parts, batch), batch)
+        activated = _activated(rows, parts, batch, int8)
+        expanded = int8.output(activated, batch) if int8 else _linear(parts.output, activated, batch)
         return _add_norm(expanded, rows, parts.output_norm, p_output, seeds, 2, batch)
 
     def _stock_block(self, hidden_states, batch):
@@ -115,19 +119,23 @@ def _how(batch):
     return {"deterministic": batch.options.deterministic, "backend": batch.options.backend}
 
 
-def _query_key_value(rows, parts, batch):
+def _query_key_value(rows, parts, batch, int8=None):
     """Three [N, H, D] views. One GEMM on CUDA, where concatenating the weights costs less than two more launches."""
     projections = (parts.query, parts.key, parts.value)
     heads = (-1, parts.attention.attention_head_size)
+    if int8:
+        return int8.query_key_value(rows, batch).unflatten(1, (3, *heads)).unbind(1)
     if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
         return ops.linear(rows, weight, bias, count=batch.count, **_how(batch)).unflatten(1, (3, *heads)).unbind(1)
     return tuple(_linear(p, rows, batch).unflatten(1, heads) for p in projections)
 
 
-def _activated(rows, parts, batch):
+def _activated(rows, parts, batch, int8=None):
     """activation(intermediate(rows)), fused where it is a GELU over a plain Linear."""
     form = gelu_form(parts.activation)
+    if int8:
+        return int8.intermediate(rows, batch, form) if form else parts.activation(int8.intermediate(rows, batch))
     if form is None or not is_plain(parts.intermediate, nn.Linear):
         return parts.activation(_linear(parts.intermediate, rows, batch))
     weight, bias = parts.intermediate.weight, parts.intermediate.bias

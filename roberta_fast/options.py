@@ -6,6 +6,7 @@ from roberta_fast.dispatch import BACKENDS
 
 UNPAD = ("auto", "host", "device")
 ON_UNSUPPORTED = ("warn", "error", "ignore")
+PRECISIONS = (None, "int8")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class FastOptions:
         on CPU, dtypes other than float32 and an install without the C++ extension, and all calls that take the stock path.
         Linear layers become ``roberta_fast.deterministic.Linear``. Of PyTorch's own activations only exact GELU, ReLU and tanh
         keep the promise.
+    precision: None computes in the model's own; ``"int8"`` makes 8-bit copies of the layers' linear weights when
+        ``accelerate_model`` is called, and computes with them in inference on CPU. ``train()``, ``load_state_dict`` and a change
+        of dtype or device drop the copies; calls that record gradients do without them. See docs/int8.md.
     Raises ValueError for any other value.
     """
 
@@ -30,6 +34,7 @@ class FastOptions:
     unpad: str = "auto"
     on_unsupported: str = "warn"
     deterministic: bool = False
+    precision: str | None = None
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
@@ -40,3 +45,7 @@ class FastOptions:
             raise ValueError(f"unpad={self.unpad!r} is not one of {UNPAD}")
         if self.on_unsupported not in ON_UNSUPPORTED:
             raise ValueError(f"on_unsupported={self.on_unsupported!r} is not one of {ON_UNSUPPORTED}")
+        if self.precision == "fp8":
+            raise ValueError("precision='fp8' is not available yet; there are None and 'int8'")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is not one of {PRECISIONS}")

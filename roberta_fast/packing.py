@@ -18,7 +18,8 @@ class PackedBatch(NamedTuple):
     mask: [B, S] the padding mask as it came, nonzero at real tokens, or None.
     count: int32 [1], how many of the rows are real, where only the device knows it: N is then B * S, and rows behind hold
         anything. None: all are.
-    batch, seqlen: B and S. max_seqlen: an upper bound on the sequences' lengths. options: how the layers compute.
+    batch, seqlen: B and S. max_seqlen: an upper bound on the sequences' lengths. options: how the layers compute. int8: whether
+        those that hold 8-bit weights compute with them now.
     The caller may have packed: then cu_seqlens divides the one row of [1, S].
     """
 
@@ -31,6 +32,7 @@ class PackedBatch(NamedTuple):
     seqlen: int
     max_seqlen: int
     options: FastOptions
+    int8: bool = False
 
     @classmethod
     def of(cls, hidden_states: torch.Tensor, mask: torch.Tensor | None, options: FastOptions) -> "PackedBatch":

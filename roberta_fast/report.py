@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from roberta_fast import dispatch
+from roberta_fast import dispatch, int8
 from roberta_fast.accelerate import fast_encoders, restore_model
 from roberta_fast.encoder import encoder_objection
 from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
@@ -23,7 +23,8 @@ class Explanation:
     """What runs on which backend, and every reason why something faster does not.
 
     backends: ``{operation: (forward backend, backward backend)}``. fallbacks: reasons known beforehand, empty where everything
-    runs on the fastest backend that there is. stock_calls: ``{reason: calls}`` that took the stock path so far.
+    runs on the fastest backend that there is. stock_calls: ``{reason: calls}`` that took the stock path so far. precision: which
+    of the layers multiply in 8 bits. fp32_calls: ``{reason: calls}`` that should have done so and did not.
     """
 
     encoders: int
@@ -33,14 +34,18 @@ class Explanation:
     backends: dict[str, tuple[str, str]]
     fallbacks: tuple[str, ...]
     stock_calls: dict[str, int]
+    precision: str = "as the model"
+    fp32_calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.backends)
         lines = [f"{self.encoders} fast encoder(s), {self.layers} layers, {self.dtype} on {self.device}"]
+        lines += [f"  precision: {self.precision}"] if self.precision != "as the model" else []
         lines += [f"  {'operation':<{width}}  {'forward':<8} backward"]
         lines += [f"  {name:<{width}}  {forward:<8} {backward}" for name, (forward, backward) in self.backends.items()]
         lines += [f"  fallback: {reason}" for reason in self.fallbacks] or ["  no fallback"]
         lines += [f"  stock path, {calls} call(s): {reason}" for reason, calls in self.stock_calls.items()]
+        lines += [f"  in fp32, {calls} call(s): {reason}" for reason, calls in self.fp32_calls.items()]
         return "\n".join(lines)
 
 
@@ -63,14 +68,18 @@ def explain(model: nn.Module) -> Explanation:
         forward = dispatch.choose("linear", counted, requested).backend
         backward = dispatch.choose("linear_backward", counted, requested).backend if counted.device_rows else library
         backends = {"linear": (forward, backward)}
-    for name, backward in _OPERATIONS.items():
+    precision, operations = "as the model", dict(_OPERATIONS)
+    if options.precision:
+        precision = _precision(layers, options.precision)
+        operations["int8_linear"] = None  # computes in inference alone
+    for name, backward in operations.items():
         chosen = []
-        for op in (name, backward):
+        for op in filter(None, (name, backward)):
             choice = dispatch.choose(op, facts if name == "attention" else facts._replace(head_dim=None), requested)
             chosen.append(choice.backend)
             if choice.skipped:
                 skipped.setdefault((choice.backend, choice.skipped), []).append(op)
-        backends[name] = tuple(chosen)
+        backends[name] = (*chosen, "none")[:2]
     reasons = Counter(
         f"{', '.join(dict.fromkeys(ops))} on {backend}, " + "; ".join(f"not {name}: {reason}" for name, reason in faster)
         for (backend, faster), ops in skipped.items()
@@ -78,12 +87,23 @@ def explain(model: nn.Module) -> Explanation:
     for encoder in encoders:
         reasons.update(filter(None, [encoder_objection(encoder)]))
     for layer in layers:
-        reasons.update(_layer_fallbacks(layer))
-    calls = Counter()
+        reasons.update(_layer_fallbacks(layer, options.precision))
+    stock_calls, fp32_calls = Counter(), Counter()
     for encoder in encoders:
-        calls.update(encoder.stock_calls)
+        stock_calls.update(encoder.stock_calls)
+        fp32_calls.update(encoder.fp32_calls)
     fallbacks = tuple(reason + (f" ({n} times)" if n > 1 else "") for reason, n in reasons.items())
-    return Explanation(len(encoders), len(layers), facts.device, facts.dtype, backends, fallbacks, dict(calls))
+    return Explanation(
+        encoders=len(encoders),
+        layers=len(layers),
+        device=facts.device,
+        dtype=facts.dtype,
+        backends=backends,
+        fallbacks=fallbacks,
+        stock_calls=dict(stock_calls),
+        precision=precision,
+        fp32_calls=dict(fp32_calls),
+    )
 
 
 _OPERATIONS = {
@@ -95,9 +115,18 @@ _OPERATIONS = {
 }
 
 
-def _layer_fallbacks(layer):
-    """Reasons why parts of a layer call stock modules."""
+def _precision(layers, asked):
+    """How many layers multiply in 8 bits."""
+    able = [layer for layer in layers if int8.is_released(layer) or int8.copies_of(layer, layer_parts(layer))]
+    released = ", fp32 weights released" if any(map(int8.is_released, able)) else ""
+    return f"{asked} linear layers in {len(able)} of {len(layers)} layers{released}"
+
+
+def _layer_fallbacks(layer, precision):
+    """Reasons why parts of a layer call stock modules, or compute in fp32 where 8 bits were asked for."""
     parts = layer_parts(layer)
+    if precision and isinstance(layer.int8, str):
+        yield f"no {precision} weights: {layer.int8}"
     reason = layer_objection(layer, parts)
     if reason:
         yield f"the stock layer runs: {reason}"
@@ -138,9 +167,11 @@ def check_parity(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Parity:
 
     batch: keyword arguments of ``model.forward``, e.g. what a tokenizer returns, or what a SentenceTransformer takes as features;
     tensors [B, S, ...] are compared where ``attention_mask`` [B, S] is nonzero. NaN in an output makes the result NaN.
-    Raises ValueError where ``model`` is not accelerated, or batch is no mapping.
+    With ``precision="int8"`` the cosine is what to look at: 8 bits move single values far more than another order of sums does.
+    Raises ValueError where ``model`` is not accelerated, or its fp32 weights were released, or batch is no mapping.
     """
-    _accelerated(model)
+    for encoder in _accelerated(model):
+        int8.check_released(encoder.layer, "check_parity")
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch must be a mapping, as a tokenizer returns it, got {type(batch).__name__}")
     stock = restore_model(stock_clone(model)).eval()
@@ -172,6 +203,7 @@ def _call(model, batch):
 def stock_clone(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that shares its parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared |= {id(copies): copies for copies in (getattr(m, "int8", None) for m in model.modules()) if copies}
     return copy.deepcopy(model, shared)
 
 

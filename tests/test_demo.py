@@ -44,6 +44,14 @@ def test_demo_on_the_users_own_text(tmp_path, capsys):
     assert "real tokens/s" in capsys.readouterr().out
 
 
+def test_demo_in_8_bits(tmp_path, capsys):
+    assert main(["demo", "--repeats", "1", "--precision", "int8", "--json", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["backends"]["int8_linear"][0] in ("cpp", "torch")
+    assert 0.99 < result["cosine"] < 0.99999
+    assert "int8 linear layers in 6 of 6 layers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

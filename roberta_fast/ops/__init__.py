@@ -2,8 +2,19 @@
 
 from roberta_fast.ops.add_layer_norm import add_layer_norm
 from roberta_fast.ops.attention import attention
+from roberta_fast.ops.int8_linear import int8_linear, quantize_weight
 from roberta_fast.ops.linear import linear
 from roberta_fast.ops.linear_gelu import linear_gelu
 from roberta_fast.ops.pack import pack, pack_indices, unpack
 
-__all__ = ["add_layer_norm", "attention", "linear", "linear_gelu", "pack", "pack_indices", "unpack"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "int8_linear",
+    "linear",
+    "linear_gelu",
+    "pack",
+    "pack_indices",
+    "quantize_weight",
+    "unpack",
+]

