@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "common.h"
+#include "linear.h"
 #include "vmath.h"
 
 namespace roberta_fast {
@@ -34,8 +35,9 @@ namespace roberta_fast {
 namespace {
 
 constexpr int64_t PANEL = 64;      // columns of y: four vectors
-constexpr int64_t ROWS = 48;       // rows of y that a task computes
-constexpr int64_t STEP = 64;       // groups of four terms at a time: 16 KiB of a panel
+constexpr int64_t ROWS = 192;      // most rows of y that a task computes: it quantizes them once, for all of its panels
+constexpr int64_t SUMS = 24;       // rows of y whose sums lie in the nearest cache: 6 KiB
+constexpr int64_t AHEAD = 4;       // groups of a panel that are asked for early, as they come from the second cache
 constexpr int64_t BLOCK = 64;      // terms that are rotated together
 constexpr int64_t TILE_ROWS = 6;   // 6 x 4 vectors of sums, 4 of weights and one of x fit 32 registers
 constexpr float WHOLE = 0x1.8p23;  // added to a small float, it leaves the nearest integer in the lowest bits
@@ -43,8 +45,6 @@ constexpr float LEAST = 0x1p-119;  // rows of smaller values count as zeros: 127
 
 using Vector = Floats<Avx512>;
 using Integers = Ints<Avx512>;
-
-enum class Activation { none, erf, tanh };
 
 struct Int8Linear {
   const float* x;
@@ -59,7 +59,7 @@ struct Int8Linear {
 
 struct Scratch {
   int32_t* x;      // [ROWS, groups]: four shifted bytes each
-  int32_t* sums;   // [ROWS, PANEL]
+  int32_t* sums;   // [SUMS, PANEL]
   float* scale;    // [ROWS]
   float* rotated;  // [4 * groups]: a row
 };
@@ -67,30 +67,37 @@ struct Scratch {
 // One pass of the butterfly: lanes whose numbers differ in bit H become their sum and their difference.
 template <int H, int... I>
 TARGET_VNNI ALWAYS_INLINE Vector sums_and_differences(const Vector& v, std::integer_sequence<int, I...>) {
-  const Vector other = __builtin_shufflevector(v, v, (I ^ H)...);
-  const Integers upper = {(I & H ? -1 : 0)...};
-  return upper ? other - v : other + v;
+  const Vector sign = {(I & H ? -1.0f : 1.0f)...};
+  return v * sign + __builtin_shufflevector(v, v, (I ^ H)...);
 }
 
-// A block of x times the Hadamard matrix / 8.
-TARGET_VNNI ALWAYS_INLINE void rotate_block(const float* x, float* to) {
+TARGET_VNNI ALWAYS_INLINE Vector rotate_vector(const float* x) {
   const auto lanes = std::make_integer_sequence<int, 16>();
-  Vector v[4];
-  for (int i = 0; i < 4; ++i) {
-    v[i] = sums_and_differences<1>(load<Vector>(x + 16 * i), lanes);
-    v[i] = sums_and_differences<2>(v[i], lanes);
-    v[i] = sums_and_differences<4>(v[i], lanes);
-    v[i] = sums_and_differences<8>(v[i], lanes);
-  }
-  const Vector a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
-  store(to, (a + c) * 0.125f);
-  store(to + 16, (b + d) * 0.125f);
-  store(to + 32, (a - c) * 0.125f);
-  store(to + 48, (b - d) * 0.125f);
+  const Vector v = sums_and_differences<2>(sums_and_differences<1>(load<Vector>(x), lanes), lanes);
+  return sums_and_differences<8>(sums_and_differences<4>(v, lanes), lanes);
 }
 
-// The same for the n < BLOCK terms behind the last block, in blocks of the powers of two that make up n.
-TARGET_VNNI void rotate_rest(const float* x, int64_t n, float* to) {
+// The bits of the larger absolute value of each lane; those of what is infinite or no number are the largest of all.
+TARGET_VNNI ALWAYS_INLINE Integers larger(const Integers& most, const Vector& v) {
+  const Integers size = bits_as<Integers>(v) & 0x7FFFFFFF;
+  return size > most ? size : most;
+}
+
+// A block of x times the Hadamard matrix, 8 times as long as x; most: the largest values so far.
+TARGET_VNNI ALWAYS_INLINE void rotate_block(const float* x, float* to, Integers& most) {
+  const Vector v0 = rotate_vector(x), v1 = rotate_vector(x + 16), v2 = rotate_vector(x + 32), v3 = rotate_vector(x + 48);
+  const Vector a = v0 + v1, b = v0 - v1, c = v2 + v3, d = v2 - v3;
+  const Vector rotated[] = {a + c, b + d, a - c, b - d};
+  for (int i = 0; i < 4; ++i) {
+    store(to + 16 * i, rotated[i]);
+    most = larger(most, rotated[i]);
+  }
+}
+
+// The same for the n < BLOCK terms behind the last block, in blocks of the powers of two that make up n; zeros fill a vector.
+TARGET_VNNI void rotate_rest(const float* x, int64_t n, float* to, Integers& most) {
+  for (int64_t i = n; i % 16; ++i) to[i] = 0.0f;
+  float* const first = to;
   std::copy(x, x + n, to);
   for (int64_t size = BLOCK / 2; size > 0; size /= 2) {
     if (!(n & size)) continue;
@@ -101,33 +108,30 @@ TARGET_VNNI void rotate_rest(const float* x, int64_t n, float* to) {
           to[i] = low + high;
           to[i + half] = low - high;
         }
-    const float unit = size >= 16 ? 0.25f : size >= 4 ? 0.5f : 1.0f;  // the power of two at or above 1 / sqrt(size)
+    const float unit = size >= 16 ? 2.0f : size >= 4 ? 4.0f : 8.0f;  // 8 times the power of two at or above 1 / sqrt(size)
     for (int64_t i = 0; i < size; ++i) to[i] *= unit;
     to += size;
   }
+  for (int64_t i = 0; i < n; i += 16) most = larger(most, load<Vector>(first + i));
 }
 
 // A row, rotated, as bytes around 128, the unit of which it returns; not a number where the row holds what no byte can stand for.
 TARGET_VNNI ALWAYS_INLINE float quantize_row(const float* row, int64_t depth, int64_t groups, int32_t* to, float* x) {
-  for (int64_t k = 0; k < depth; k += BLOCK)
-    depth - k >= BLOCK ? rotate_block(row + k, x + k) : rotate_rest(row + k, depth - k, x + k);
-  Vector most = {}, poison = {};
-  for (int64_t k = 0; k < depth; k += 16) {
-    const Vector v = load_first<Vector>(x + k, depth - k), size = v < 0.0f ? -v : v;
-    most = size > most ? size : most;
-    poison += v * 0.0f;
-  }
-  float largest = 0.0f;
-  for (int lane = 0; lane < 16; ++lane) largest = std::max(largest, most[lane]);
-  const float factor = largest >= LEAST ? 127.0f / largest : 0.0f;
-  typename VectorOf<uint8_t, 16>::type bytes;
-  for (int64_t k = 0; k < 4 * groups; k += 16) {
-    const Vector v = k < depth ? load_first<Vector>(x + k, depth - k) : Vector{};
-    const Vector whole = rounded(v * factor) + WHOLE;
-    bytes = __builtin_convertvector(bits_as<Integers>(whole) - (bits_as<int32_t>(WHOLE) - 128), decltype(bytes));
+  Integers most = {};
+  int64_t k = 0;
+  for (; k + BLOCK <= depth; k += BLOCK) rotate_block(row + k, x + k, most);
+  if (k < depth) rotate_rest(row + k, depth - k, x + k, most);
+  int32_t bits = 0;
+  for (int lane = 0; lane < 16; ++lane) bits = std::max(bits, most[lane]);
+  const float largest = bits_as<float>(bits);
+  const float factor = largest >= 8 * LEAST ? 127.0f / largest : 0.0f;
+  for (k = 0; k < depth; k += 16) {
+    const Vector whole = rounded(load<Vector>(x + k) * factor) + WHOLE;
+    const Integers around_128 = bits_as<Integers>(whole) - (bits_as<int32_t>(WHOLE) - 128);
+    const auto bytes = __builtin_convertvector(around_128, typename VectorOf<uint8_t, 16>::type);
     store_first(reinterpret_cast<uint8_t*>(to) + k, bytes, 4 * groups - k);
   }
-  return largest / 127.0f + sum(poison);
+  return (largest + 0.0f * largest) * 0.125f / 127.0f;
 }
 
 // sum + x . weights, of four unsigned by four signed bytes in each lane.
@@ -137,57 +141,63 @@ TARGET_VNNI ALWAYS_INLINE Integers dot(const Integers& sum, const Integers& x, c
 }
 
 template <int... I, int... V>
-TARGET_VNNI ALWAYS_INLINE void tile(const int32_t* x, int64_t stride_x, const int32_t* panel, int32_t* sums, int64_t groups,
-                                    bool accumulate, std::integer_sequence<int, I...>, std::integer_sequence<int, V...>) {
+TARGET_VNNI ALWAYS_INLINE void tile(const int32_t* x, const int32_t* panel, int32_t* sums, int64_t groups,
+                                    std::integer_sequence<int, I...>, std::integer_sequence<int, V...>) {
   Integers sum[sizeof...(I)] = {};
-  if (accumulate) ((sum[I] = load<Integers>(sums + I / 4 * PANEL + I % 4 * 16)), ...);
   for (int64_t group = 0; group < groups; ++group) {
     const Integers weights[] = {load<Integers>(panel + V * 16)...};
-    ((sum[I] = dot(sum[I], x[I / 4 * stride_x] - Integers{}, weights[I % 4])), ...);
+    (__builtin_prefetch(panel + AHEAD * PANEL + V * 16), ...);
+    ((sum[I] = dot(sum[I], x[I / 4 * groups] - Integers{}, weights[I % 4])), ...);
     ++x;
     panel += PANEL;
   }
   (store(sums + I / 4 * PANEL + I % 4 * 16, sum[I]), ...);
 }
 
+// HEIGHT rows of x [., groups] times a panel [groups, PANEL].
 template <int HEIGHT>
-TARGET_VNNI void tile_of(const int32_t* x, int64_t stride_x, const int32_t* panel, int32_t* sums, int64_t groups, bool accumulate) {
-  tile(x, stride_x, panel, sums, groups, accumulate, std::make_integer_sequence<int, HEIGHT * 4>(),
-       std::make_integer_sequence<int, 4>());
+TARGET_VNNI void tile_of(const int32_t* x, const int32_t* panel, int32_t* sums, int64_t groups) {
+  tile(x, panel, sums, groups, std::make_integer_sequence<int, HEIGHT * 4>(), std::make_integer_sequence<int, 4>());
 }
 
 constexpr decltype(&tile_of<1>) TILES[] = {nullptr,    tile_of<1>, tile_of<2>, tile_of<3>,
                                            tile_of<4>, tile_of<5>, tile_of<6>};
 
-// Rows [begin, end), at most ROWS, and panels [first, last).
-TARGET_VNNI void multiply_block(const Int8Linear& p, int64_t begin, int64_t end, int64_t first, int64_t last, const Scratch& s) {
-  const int64_t rows = end - begin;
-  for (int64_t r = 0; r < rows; ++r)
-    s.scale[r] = quantize_row(p.x + (begin + r) * p.stride_x, p.depth, p.groups, s.x + r * p.groups, s.rotated);
-  for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t column = panel * PANEL;
-    const int32_t* weights = p.packed + column * p.groups;
-    for (int64_t group = 0; group == 0 || group < p.groups; group += STEP)  // once where there are none: it stores zeros
-      for (int64_t r = 0; r < rows; r += TILE_ROWS)
-        TILES[std::min(TILE_ROWS, rows - r)](s.x + r * p.groups + group, p.groups, weights + group * PANEL, s.sums + r * PANEL,
-                                             std::min(STEP, p.groups - group), group > 0);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = column; c < std::min(column + PANEL, p.columns); c += 16) {
-        const int64_t n = p.columns - c;
-        const Integers sum = load<Integers>(s.sums + r * PANEL + c - column) - load_first<Integers>(p.offset + c, n);
-        Vector y = __builtin_convertvector(sum, Vector) * (load_first<Vector>(p.scale + c, n) * s.scale[r]);
-        if (p.bias) y += load_first<Vector>(p.bias + c, n);
-        if (p.activation == Activation::erf) y = gelu<Avx512>(y);
-        if (p.activation == Activation::tanh) y = gelu_tanh<Avx512>(y);
-        store_first(p.y + (begin + r) * p.columns + c, y, n);
-      }
+// Sums to y, for the rows from first on and a panel's columns.
+template <Activation ACTIVATION>
+TARGET_VNNI ALWAYS_INLINE void finish(const Int8Linear& p, const Scratch& s, int64_t first, int64_t row, int64_t rows,
+                                      int64_t column) {
+  for (int64_t c = column; c < std::min(column + PANEL, p.columns); c += 16) {
+    const int64_t n = p.columns - c;
+    const Integers offset = load_first<Integers>(p.offset + c, n);
+    const Vector scale = load_first<Vector>(p.scale + c, n);
+    const Vector bias = p.bias ? load_first<Vector>(p.bias + c, n) : Vector{};
+    for (int64_t r = 0; r < rows; ++r) {
+      const Integers sum = load<Integers>(s.sums + r * PANEL + c - column) - offset;
+      Vector y = __builtin_convertvector(sum, Vector) * (scale * s.scale[row + r]) + bias;
+      if constexpr (ACTIVATION == Activation::gelu_erf) y = gelu_near<Avx512>(y);
+      if constexpr (ACTIVATION == Activation::gelu_tanh) y = gelu_tanh<Avx512>(y);
+      store_first(p.y + (first + row + r) * p.columns + c, y, n);
+    }
   }
 }
 
-Activation activation_of(std::optional<std::string_view> name) {
-  if (!name.has_value()) return Activation::none;
-  TORCH_CHECK_VALUE(*name == "none" || *name == "tanh", "gelu must be None, 'none' or 'tanh', got '", *name, "'");
-  return *name == "none" ? Activation::erf : Activation::tanh;
+// Rows [begin, end), at most ROWS, and panels [first, last).
+TARGET_VNNI void multiply_block(const Int8Linear& p, int64_t begin, int64_t end, int64_t first, int64_t last, const Scratch& s) {
+  for (int64_t r = 0; r < end - begin; ++r)
+    s.scale[r] = quantize_row(p.x + (begin + r) * p.stride_x, p.depth, p.groups, s.x + r * p.groups, s.rotated);
+  for (int64_t column = first * PANEL; column < last * PANEL; column += PANEL)
+    for (int64_t row = 0; row < end - begin; row += SUMS) {
+      const int64_t rows = std::min(SUMS, end - begin - row);
+      for (int64_t r = 0; r < rows; r += TILE_ROWS)
+        TILES[std::min(TILE_ROWS, rows - r)](s.x + (row + r) * p.groups, p.packed + column * p.groups, s.sums + r * PANEL,
+                                             p.groups);
+      switch (p.activation) {
+        case Activation::none: finish<Activation::none>(p, s, begin, row, rows, column); break;
+        case Activation::gelu_erf: finish<Activation::gelu_erf>(p, s, begin, row, rows, column); break;
+        case Activation::gelu_tanh: finish<Activation::gelu_tanh>(p, s, begin, row, rows, column);
+      }
+    }
 }
 
 at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& offset,
@@ -221,15 +231,16 @@ at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const 
                           columns,
                           depth,
                           groups,
-                          activation_of(gelu)};
+                          gelu.has_value() ? gelu_named(*gelu) : Activation::none};
   if (real == 0 || columns == 0) return y;
-  const int64_t blocks = (real + ROWS - 1) / ROWS;
-  // Where there are few rows, threads share their columns; the sums are exact, so how does not matter.
-  const int64_t shares = std::clamp<int64_t>((4 * at::get_num_threads() + blocks - 1) / blocks, 1, panels);
-  for_each_task(blocks * shares, ROWS * (groups + PANEL + 1) + 4 * groups, [&](int64_t task, float* scratch) {
-    int32_t* sums = reinterpret_cast<int32_t*>(scratch);
-    const Scratch mine{sums + ROWS * PANEL, sums, scratch + ROWS * (PANEL + groups),
-                       scratch + ROWS * (PANEL + groups + 1)};
+  // Threads share the rows, or the columns where there are few rows. The sums are exact, so how does not matter.
+  const int64_t threads = at::get_num_threads(), most = (real + ROWS - 1) / ROWS;
+  const int64_t blocks = real >= threads * SUMS ? (most + threads - 1) / threads * threads : most;
+  const int64_t shares = std::min((threads + blocks - 1) / blocks, panels);
+  for_each_task(blocks * shares, SUMS * PANEL + ROWS * (groups + 1) + 4 * groups + 16, [&](int64_t task, float* scratch) {
+    float* const x = scratch + SUMS * PANEL;
+    float* const scales = x + ROWS * groups;
+    const Scratch mine{reinterpret_cast<int32_t*>(x), reinterpret_cast<int32_t*>(scratch), scales, scales + ROWS};
     const int64_t block = task / shares, share = task % shares;
     multiply_block(params, real * block / blocks, real * (block + 1) / blocks, panels * share / shares,
                    panels * (share + 1) / shares, mine);
