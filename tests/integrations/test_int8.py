@@ -89,7 +89,7 @@ def test_minilm(checkpoint):
     assert pairs[0] == pairs[1]
     exact, rough = ((e @ e.T).fill_diagonal_(-1) for e in (wanted, got))
     lost = exact.amax(1) - exact.gather(1, rough.argmax(1)[:, None])[:, 0]
-    assert (lost > 0).sum() <= 0.03 * len(texts) and lost.max() < 0.005
+    assert (lost > 0).sum() <= 0.05 * len(texts) and lost.max() < 0.01
     nearer, still_nearer = (e[:, :, None] - e[:, None] for e in (exact, rough))
     assert (still_nearer[nearer > 0.02] > 0).all()
     parity = check_parity(model, batches[0])

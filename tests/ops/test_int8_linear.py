@@ -131,7 +131,8 @@ def test_the_kernel_has_the_reference_bits(name):
     plain = replace(case, gelu=None)
     assert torch.equal(*(run(plain, (x, weight, None), b) for b in ("cpp", "torch")))
     ours, reference = (run(case, (x, weight, bias), b) for b in ("cpp", "torch"))
-    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=2e-6)
+    before_gelu = run(plain, (x, weight, bias), "torch")
+    assert ((ours - reference).abs() <= 4e-6 + 5e-7 * before_gelu.abs()).all()
 
 
 def test_integers_are_exact(backend):
@@ -233,8 +234,8 @@ def test_tanh_for_erf_is_caught():
     u = run(case, (x, weight, bias), "cpp").double()
     for form, other in (("none", "tanh"), ("tanh", "none")):
         result = run(replace(case, gelu=form), (x, weight, bias), "cpp").double()
-        errors = [(result - F.gelu(u, approximate=a)).abs().max().item() for a in (form, other)]
-        assert errors[0] < 2e-6 and errors[1] > 1e-4, errors
+        errors = [((result - F.gelu(u, approximate=a)).abs() / (4e-6 + 4e-7 * u.abs())).max().item() for a in (form, other)]
+        assert errors[0] < 1 and errors[1] > 20, errors
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
