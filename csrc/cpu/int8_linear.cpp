@@ -36,6 +36,7 @@ namespace {
 
 constexpr int64_t PANEL = 64;      // columns of y: four vectors
 constexpr int64_t ROWS = 192;      // most rows of y that a task computes: it quantizes them once, for all of its panels
+constexpr int64_t HIDDEN = 96;     // most rows between two products, at 3,072 columns 1.1 MiB
 constexpr int64_t SUMS = 24;       // rows of y whose sums lie in the nearest cache: 6 KiB
 constexpr int64_t AHEAD = 4;       // groups of a panel that are asked for early, as they come from the second cache
 constexpr int64_t BLOCK = 64;      // terms that are rotated together
@@ -200,50 +201,105 @@ TARGET_VNNI void multiply_block(const Int8Linear& p, int64_t begin, int64_t end,
     }
 }
 
+// A weight as the operators take it, checked; keeps alive what params points to. params lacks x and y.
+struct Weight {
+  at::Tensor scale, bias;
+  Int8Linear params;
+
+  Weight(const at::Tensor& packed, const at::Tensor& scales, const at::Tensor& offset, const std::optional<at::Tensor>& shift,
+         int64_t depth, Activation activation)
+      : scale(scales.contiguous()) {
+    check_float(scale, "scale", 1);
+    const int64_t columns = scale.size(0), groups = (depth + 3) / 4, panels = (columns + PANEL - 1) / PANEL;
+    TORCH_CHECK_VALUE(packed.scalar_type() == at::kChar && packed.is_contiguous() && packed.device().is_cpu(),
+                      "packed must be a contiguous int8 CPU tensor, got ", packed.scalar_type(), " on ", packed.device());
+    check_shape(packed, "packed", {panels, groups, PANEL, 4});
+    TORCH_CHECK_VALUE(offset.scalar_type() == at::kInt && offset.is_contiguous() && offset.device().is_cpu(),
+                      "offset must be a contiguous int32 CPU tensor, got ", offset.scalar_type(), " on ", offset.device());
+    check_shape(offset, "offset", {columns});
+    if (shift.has_value()) {
+      check_float(*shift, "bias", 1);
+      check_shape(*shift, "bias", {columns});
+      bias = shift->contiguous();
+    }
+    params = {.x = nullptr,
+              .packed = reinterpret_cast<const int32_t*>(packed.const_data_ptr<int8_t>()),
+              .scale = scale.const_data_ptr<float>(),
+              .offset = offset.const_data_ptr<int32_t>(),
+              .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+              .y = nullptr,
+              .stride_x = 0,
+              .columns = columns,
+              .depth = depth,
+              .groups = groups,
+              .activation = activation};
+  }
+};
+
+// Floats of scratch for rows of as many groups, and where its parts lie.
+int64_t scratch_floats(int64_t groups) { return SUMS * PANEL + ROWS * (groups + 1) + 4 * groups + 16; }
+
+Scratch divide(float* scratch, int64_t groups) {
+  float* const x = scratch + SUMS * PANEL;
+  float* const scales = x + ROWS * groups;
+  return {reinterpret_cast<int32_t*>(x), reinterpret_cast<int32_t*>(scratch), scales, scales + ROWS};
+}
+
+void multiply_all(const Int8Linear& p, int64_t rows) {
+  if (rows == 0 || p.columns == 0) return;
+  // Threads share the rows, or the columns where there are few rows. The sums are exact, so how does not matter.
+  const int64_t threads = at::get_num_threads(), most = (rows + ROWS - 1) / ROWS, panels = (p.columns + PANEL - 1) / PANEL;
+  const int64_t blocks = rows >= threads * SUMS ? (most + threads - 1) / threads * threads : most;
+  const int64_t shares = std::min((threads + blocks - 1) / blocks, panels);
+  for_each_task(blocks * shares, scratch_floats(p.groups), [&](int64_t task, float* scratch) {
+    const int64_t block = task / shares, share = task % shares;
+    multiply_block(p, rows * block / blocks, rows * (block + 1) / blocks, panels * share / shares, panels * (share + 1) / shares,
+                   divide(scratch, p.groups));
+  });
+}
+
 at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& offset,
                            const std::optional<at::Tensor>& bias, std::optional<std::string_view> gelu,
                            const std::optional<at::Tensor>& count) {
   TORCH_CHECK_NOT_IMPLEMENTED(__builtin_cpu_supports("avx512vnni"), "this processor has no AVX-512 VNNI");
   check_float(x, "x", 2);
-  check_float(scale, "scale", 1);
-  const int64_t n = x.size(0), depth = x.size(1), columns = scale.size(0), real = real_rows(count, n);
-  const int64_t groups = (depth + 3) / 4, panels = (columns + PANEL - 1) / PANEL;
-  TORCH_CHECK_VALUE(packed.scalar_type() == at::kChar && packed.is_contiguous() && packed.device().is_cpu(),
-                    "packed must be a contiguous int8 CPU tensor, got ", packed.scalar_type(), " on ", packed.device());
-  check_shape(packed, "packed", {panels, groups, PANEL, 4});
-  TORCH_CHECK_VALUE(offset.scalar_type() == at::kInt && offset.is_contiguous() && offset.device().is_cpu(),
-                    "offset must be a contiguous int32 CPU tensor, got ", offset.scalar_type(), " on ", offset.device());
-  check_shape(offset, "offset", {columns});
-  at::Tensor shift;
-  if (bias.has_value()) {
-    check_float(*bias, "bias", 1);
-    check_shape(*bias, "bias", {columns});
-    shift = bias->contiguous();
+  Weight weight(packed, scale, offset, bias, x.size(1), gelu.has_value() ? gelu_named(*gelu) : Activation::none);
+  const at::Tensor rows = with_unit_stride(x), y = at::empty({x.size(0), scale.size(0)}, x.options());
+  Int8Linear& p = weight.params;
+  p.x = rows.const_data_ptr<float>(), p.stride_x = rows.stride(0), p.y = y.mutable_data_ptr<float>();
+  multiply_all(p, real_rows(count, x.size(0)));
+  return y;
+}
+
+// Two products with a GELU between them. What lies between is wide, and never leaves the cache of the thread that made it.
+at::Tensor int8_feed_forward_fwd(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& offset,
+                                 const std::optional<at::Tensor>& bias, std::string_view gelu, const at::Tensor& packed_out,
+                                 const at::Tensor& scale_out, const at::Tensor& offset_out,
+                                 const std::optional<at::Tensor>& bias_out, const std::optional<at::Tensor>& count) {
+  const int64_t n = x.size(0), real = real_rows(count, n), inner = scale.size(0);
+  const int64_t threads = at::get_num_threads();
+  if (real < threads * SUMS) {  // too few rows to share them
+    const at::Tensor hidden = int8_linear_fwd(x, packed, scale, offset, bias, gelu, count);
+    return int8_linear_fwd(hidden, packed_out, scale_out, offset_out, bias_out, std::nullopt, count);
   }
-  const at::Tensor rows = with_unit_stride(x), scales = scale.contiguous(), y = at::empty({n, columns}, x.options());
-  const Int8Linear params{rows.const_data_ptr<float>(),
-                          reinterpret_cast<const int32_t*>(packed.const_data_ptr<int8_t>()),
-                          scales.const_data_ptr<float>(),
-                          offset.const_data_ptr<int32_t>(),
-                          bias.has_value() ? shift.const_data_ptr<float>() : nullptr,
-                          y.mutable_data_ptr<float>(),
-                          rows.stride(0),
-                          columns,
-                          depth,
-                          groups,
-                          gelu.has_value() ? gelu_named(*gelu) : Activation::none};
-  if (real == 0 || columns == 0) return y;
-  // Threads share the rows, or the columns where there are few rows. The sums are exact, so how does not matter.
-  const int64_t threads = at::get_num_threads(), most = (real + ROWS - 1) / ROWS;
-  const int64_t blocks = real >= threads * SUMS ? (most + threads - 1) / threads * threads : most;
-  const int64_t shares = std::min((threads + blocks - 1) / blocks, panels);
-  for_each_task(blocks * shares, SUMS * PANEL + ROWS * (groups + 1) + 4 * groups + 16, [&](int64_t task, float* scratch) {
-    float* const x = scratch + SUMS * PANEL;
-    float* const scales = x + ROWS * groups;
-    const Scratch mine{reinterpret_cast<int32_t*>(x), reinterpret_cast<int32_t*>(scratch), scales, scales + ROWS};
-    const int64_t block = task / shares, share = task % shares;
-    multiply_block(params, real * block / blocks, real * (block + 1) / blocks, panels * share / shares,
-                   panels * (share + 1) / shares, mine);
+  TORCH_CHECK_NOT_IMPLEMENTED(__builtin_cpu_supports("avx512vnni"), "this processor has no AVX-512 VNNI");
+  check_float(x, "x", 2);
+  const Weight first(packed, scale, offset, bias, x.size(1), gelu_named(gelu));
+  const Weight second(packed_out, scale_out, offset_out, bias_out, inner, Activation::none);
+  const at::Tensor rows = with_unit_stride(x), y = at::empty({n, scale_out.size(0)}, x.options());
+  const float* const from = rows.const_data_ptr<float>();
+  float* const to = y.mutable_data_ptr<float>();
+  const int64_t stride = rows.stride(0), groups = std::max(first.params.groups, second.params.groups);
+  const int64_t most = (real + HIDDEN - 1) / HIDDEN, blocks = (most + threads - 1) / threads * threads;
+  for_each_task(blocks, scratch_floats(groups) + HIDDEN * inner, [&](int64_t block, float* scratch) {
+    const int64_t begin = real * block / blocks, end = real * (block + 1) / blocks;
+    float* const hidden = scratch + scratch_floats(groups);
+    Int8Linear p = first.params;
+    p.x = from + begin * stride, p.stride_x = stride, p.y = hidden;
+    multiply_block(p, 0, end - begin, 0, (p.columns + PANEL - 1) / PANEL, divide(scratch, p.groups));
+    p = second.params;
+    p.x = hidden, p.stride_x = inner, p.y = to + begin * p.columns;
+    multiply_block(p, 0, end - begin, 0, (p.columns + PANEL - 1) / PANEL, divide(scratch, p.groups));
   });
   return y;
 }
@@ -255,6 +311,10 @@ TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
       "int8_linear_fwd(Tensor x, Tensor packed, Tensor scale, Tensor offset, Tensor? bias=None, str? gelu=None, "
       "Tensor? count=None) -> Tensor",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(int8_linear_fwd)));
+  m.def(
+      "int8_feed_forward_fwd(Tensor x, Tensor packed, Tensor scale, Tensor offset, Tensor? bias, str gelu, Tensor packed_out, "
+      "Tensor scale_out, Tensor offset_out, Tensor? bias_out=None, Tensor? count=None) -> Tensor",
+      torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(int8_feed_forward_fwd)));
 }
 
 }  // namespace roberta_fast
