@@ -19,8 +19,8 @@ from roberta_fast.testing import assert_close_as_torch
 NEXT_PRECISION = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 ZERO_BUT_FOR_ROUNDING = 1e-5  # of the largest gradient; that of a key's bias is zero, for softmax does not see shifts
 
-# On MiniLM, trained and with random weights, 8-bit peers come to 0.7 to 2.9 times the yardstick's distance from 1. With one layer's
-# attention left out, two layers swapped, or padding attended to it is 20 to 75 times.
+# On MiniLM, trained and with random weights, 8-bit peers come to 0.7 to 2.9 times the yardstick's distance from 1; with one
+# layer's attention left out, two layers swapped, or padding attended to, it is 20 to 75 times.
 EIGHT_BIT_SLACK = 5.0
 
 
@@ -78,7 +78,7 @@ class Gate:
 
     @functools.cached_property
     def eight_bit_floor(self) -> float:
-        """The least cosine that a token may have in a peer of 8 bits: 1 - ``EIGHT_BIT_SLACK`` (1 - c), c of ``eight_bit_clone``."""
+        """The least cosine that a token may have in 8 bits: 1 - ``EIGHT_BIT_SLACK`` (1 - c), c that of ``eight_bit_clone``."""
         return 1 - EIGHT_BIT_SLACK * (1 - self.measure(eight_bit_clone(self._model)).cosine)
 
     def _nearness(self, results):
