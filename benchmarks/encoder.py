@@ -39,7 +39,9 @@ def run(argv: list[str]) -> int:
     print("\n\n".join(report.section(result) for result in results))
     for path in filter(None, (args.json, args.save and report.RESULTS / f"{report.slug(results[0]['environment'])}.json")):
         report.save(path, results)
-    return report.draw() if args.save else 0
+    if args.save:
+        report.draw()
+    return 0
 
 
 def _parser():

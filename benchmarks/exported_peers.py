@@ -195,13 +195,14 @@ class SentenceTransformers:
     """A SentenceTransformer's forward pass with mean pooling; its token embeddings are the hidden states."""
 
     def __init__(self, model: nn.Module):
-        from sentence_transformers import SentenceTransformer, models
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
         arguments = {"attn_implementation": "sdpa", "dtype": model.dtype}
         with tempfile.TemporaryDirectory() as folder, _quiet():
             _save_with_tokenizer(model, folder)
-            encoder = models.Transformer(folder, model_kwargs=arguments)
-            pooling = models.Pooling(model.config.hidden_size, pooling_mode="mean")
+            encoder = Transformer(folder, model_kwargs=arguments)
+            pooling = Pooling(model.config.hidden_size, pooling_mode="mean")
             self._model = SentenceTransformer(modules=[encoder, pooling], device=model.device.type).eval()
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:

@@ -19,6 +19,8 @@ from roberta_fast.testing import assert_close_as_torch
 NEXT_PRECISION = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 ZERO_BUT_FOR_ROUNDING = 1e-5  # of the largest gradient; that of a key's bias is zero, for softmax does not see shifts
 
+# Other runtimes sum in another order than torch: held to the same function, not to the same rounding.
+PEER_SLACK = 4.0
 # On MiniLM, trained and with random weights, 8-bit peers come to 0.7 to 2.9 times the yardstick's distance from 1; with one
 # layer's attention left out, two layers swapped, or padding attended to, it is 20 to 75 times.
 EIGHT_BIT_SLACK = 5.0
@@ -57,8 +59,11 @@ class Gate:
         self._errors = {name: _relative_error(self._baseline[name], exact) for name, exact in self._exact.items()}
         self._usual_error = statistics.median(self._errors.values())
 
-    def check(self, peer: Callable) -> Nearness:
-        """How near ``peer`` is. Raises AssertionError with the numbers where it is not near enough."""
+    def check(self, peer: Callable, slack: float = 1.0) -> Nearness:
+        """How near ``peer`` is. Raises AssertionError with the numbers where it is not near enough.
+
+        slack: how many times the tolerance it may have.
+        """
         results = self._results(peer)
         without = sorted(self._exact.keys() - results.keys())
         assert not without, f"no gradient reaches {without[0]}"
@@ -69,7 +74,8 @@ class Gate:
                 ours, theirs, exact = (torch.cat([t.flatten(), largest[None].to(t)]) for t in (ours, theirs, exact))
             elif self._errors[name] < self._usual_error:
                 theirs = exact + self._usual_error * exact.abs().max()
-            assert_close_as_torch(ours, theirs, exact, factor=2.0 if self._labels is None else 3.0, name=name)
+            factor = slack * (2.0 if self._labels is None else 3.0)
+            assert_close_as_torch(ours, theirs, exact, factor=factor, name=name)
         return self._nearness(results)
 
     def measure(self, peer: Callable) -> Nearness:

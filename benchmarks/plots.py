@@ -26,7 +26,7 @@ AXES = {
     "length": ("length of one text, tokens", lambda facts: facts["seqlen"]),
 }
 SOURCE = "Source"  # the key of a PNG's text that holds the digest
-DPI = 100
+DPI = 90
 
 
 def figures(runs: list[dict]) -> dict[str, list[dict]]:
@@ -37,6 +37,11 @@ def figures(runs: list[dict]) -> dict[str, list[dict]]:
         if plot:
             found.setdefault(f"{run['environment']['device']}-{plot}.png", []).append(run)
     return dict(sorted(found.items()))
+
+
+def caption(name: str) -> str:
+    """What is said instead of a figure."""
+    return "Real tokens a second, by peer" if name.endswith("-peers.png") else "Time against real tokens, padded size, and length"
 
 
 def stale(runs: list[dict], folder: Path) -> list[str]:
@@ -51,7 +56,7 @@ def draw(runs: list[dict], folder: Path) -> None:
         shown = figures(runs)[name]
         figure = _peers(shown) if name.endswith("-peers.png") else _scaling(shown)
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / name, dpi=DPI, metadata={SOURCE: digest(shown)})
+        figure.savefig(folder / name, dpi=DPI, metadata={SOURCE: digest(shown)}, pil_kwargs={"optimize": True})
 
 
 def digest(runs: list[dict]) -> str:
@@ -86,8 +91,10 @@ def _peers(runs):
     """A panel of bars for each run: real tokens a second on its first batch, with the 20th to 80th percentile."""
     columns = min(2, len(runs))
     count = -(-len(runs) // columns)
+    from matplotlib.ticker import MaxNLocator
+
     names = max(len({row["peer"] for row in run["rows"]}) for run in runs)
-    figure, panels = _figure(count, columns, 5 * columns, count * (1.2 + 0.28 * names))
+    figure, panels = _figure(count, columns, 6.5 * columns, count * (1.2 + 0.28 * names))
     for panel in panels[len(runs) :]:
         panel.remove()
     for panel, run in zip(panels, runs, strict=False):
@@ -103,8 +110,10 @@ def _peers(runs):
         panel.set_yticks(range(len(rows)), [row["peer"] for row in rows])
         _embolden(panel.get_yticklabels())
         panel.invert_yaxis()
-        panel.set_xlim(0, 1.18 * max(row["tokens_per_s"] for row in rows))
-        panel.set_xlabel("real tokens / s (median, 20th to 80th percentile)")
+        panel.set_xlim(0, 1.25 * max(row["tokens_per_s"] for row in rows))
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.set_xlabel("real tokens a second, and times Hugging Face's")
         mode = {"eval": "inference", "train": "training step"}[run["mode"]]
         panel.set_title(f"{run['model']}, {mode}, {batch} batch", fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
@@ -141,7 +150,7 @@ def _scaling(runs):
         else:
             panel.set_xlim(left=0)
             panel.set_ylim(bottom=0)
-    legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     _embolden(legend.get_texts())
     figure.supxlabel(f"{runs[0]['model']}, {runs[0]['dtype']}. {_where(runs[0])}", fontsize=8, color="#555555")
     return figure
@@ -163,5 +172,5 @@ def _embolden(labels):
 
 def _where(run):
     env = run["environment"]
-    threads = f", {env['threads']} threads" if env["device"] == "cpu" else ""
+    threads = f", {env['threads']} thread{'s' * (env['threads'] > 1)}" if env["device"] == "cpu" else ""
     return f"{env['machine']}{threads}, {env['date']}"

@@ -89,7 +89,7 @@ def render(text: str, runs: list[dict]) -> str:
         # Curves are for the eye.
         sections = [section(run) for run in runs if run["environment"]["device"] == match[2] and run["kind"] != "scaling"]
         images = [name for name in plots.figures(runs) if name.startswith(f"{match[2]}-")]
-        sections += [f"![{name.removesuffix('.png')}]({IMAGES.relative_to(ROOT)}/{name})" for name in images]
+        sections += [f"![{plots.caption(name)}]({IMAGES.relative_to(ROOT)}/{name})" for name in images]
         return match[1] + "".join(f"{text}\n\n" for text in sections) + match[3]
 
     return MARKED.sub(tables, text)
@@ -150,16 +150,15 @@ def scaling_section(run: dict) -> str:
             sizes = [f"{facts['batch']}×{facts['seqlen']}", f"{facts['tokens']:,}"]
             lines.append([*sizes, *(f"{times[point, peer]:,.1f}" for peer in peers)])
         tables.append(f"{curve}, ms\n\n{_table(['padded', 'real tokens', *peers], lines)}")
-    title = f"**{run['model']}, inference, {run['dtype']}: what time follows**" + (
-        f", {run['title']}" if run.get("title") else ""
-    )
+    name = ", ".join(filter(None, (run["model"], "inference", run["dtype"], run.get("title"))))
+    title = f"**{name}: what time follows**"
     return "\n\n".join([f"{title}  \n{_origin(run['environment'])}", *tables, _notes(run, [])])
 
 
 def _notes(run, notes):
     """What is to be said below a run's table; each absent peer has a line."""
     spread = max((row["seconds"]["p80"] - row["seconds"]["p20"]) / row["seconds"]["median"] for row in run["rows"])
-    notes = [*notes, f"From the 20th to the 80th percentile it is at most {spread:.0%} of a median."]
+    notes = [*notes, f"Times spread by at most {spread:.0%} of their median (20th to 80th percentile)."]
     notes += [f"Noisy, for {run['busy']}."] if run.get("busy") else []
     absent = [f"Not measured: `{peer}`, {reason}." for peer, reason in run["absent"].items()]
     return "  \n".join([" ".join(notes), *absent])

@@ -26,7 +26,7 @@ def batches(config, sequences: int, longest: int) -> dict[str, list[shapes.Batch
     wide, short = min(WIDEST, longest), min(SHORTEST, longest)
     padded = [short << i for i in range((WIDEST // SHORTEST).bit_length()) if short << i <= longest]
     real = dict.fromkeys(max(1, round(fill * wide)) for fill in FILLS)
-    lengths = [min(2 * SHORTEST, longest)]
+    lengths = [short]
     while lengths[-1] < longest:
         lengths.append(min(2 * lengths[-1], longest))
 
