@@ -100,9 +100,12 @@ def _prepare(args) -> list[Comparison]:
 
 
 def _scaling(args, device, dtype, peers):
-    given = {"--text": args.text, "--lengths": args.lengths, "--dense": args.dense, "--train": args.train or args.train_only}
-    for name in (name for name, value in given.items() if value):
-        raise ValueError(f"argument {name}: the batches of --scaling have lengths of their own, and it does not train")
+    for name, given in {"--train": args.train, "--train-only": args.train_only}.items():
+        if given:
+            raise ValueError(f"argument {name}: --scaling measures inference")
+    for name, given in {"--text": args.text, "--lengths": args.lengths, "--dense": args.dense}.items():
+        if given:
+            raise ValueError(f"argument {name}: the batches of --scaling have lengths of their own")
     name = args.model or scaling.MODEL
     model = _argument("--model", shapes.build_model, name)
     longest = args.longest or min(LONGEST, shapes.longest_sequence(model.config))

@@ -170,6 +170,11 @@ class TestScaling:
         assert [p["seqlen"] for p in curves["length"]] == [64 << i for i in range(8)]
         assert all(p["fill"] == 1 and p["batch"] == 1 for p in curves["length"])
 
+    def test_a_length_that_the_model_does_not_take_is_named(self, capsys):
+        with pytest.raises(SystemExit):
+            bench("--scaling", "--longest", "129")
+        assert "argument --longest: lengths must be from 1 to 128" in capsys.readouterr().err
+
     def test_every_point_is_measured(self, runs, capsys):
         run = runs[1]
         assert run["kind"] == "scaling" and list(run["curves"]) == list(scaling.CURVES)
