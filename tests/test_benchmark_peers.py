@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from roberta_fast.benchmarks import parity, peers, plots, report, scaling, shape
 from roberta_fast.benchmarks.exported_peers import Unsuited
 from roberta_fast.report import stock_clone
 
+ROOT = Path(__file__).parent.parent
 RUNTIMES = [name for name, peer in peers.PEERS.items() if peer.needs and "cpu" in peer.devices]
 # The int8 peers are made from the same graphs as the others.
 CASES = [(name, "roberta") for name in RUNTIMES] + [(name, "bert") for name in RUNTIMES if not peers.PEERS[name].precision]
@@ -191,6 +194,31 @@ class TestScaling:
         assert not {"openvino-int8", "huggingface-eager"} & set(names)
 
 
+@pytest.mark.slow
+def test_a_slower_kernel_fails_the_comparison_with_a_saved_run(tmp_path):
+    """By the commands of the Makefile, on two cases; the saved times are changed to what they would have been."""
+
+    def bench_ops(**variables):
+        wanted = "-k 'pack and forward and 384 and roberta_fast' --benchmark-storage=file://" + str(tmp_path)
+        settings = [f"{name}={value}" for name, value in {"ARGS": wanted, **variables}.items()]
+        recipe = subprocess.run(
+            ["make", "--dry-run", "bench-ops", *settings], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        command = recipe.stdout[recipe.stdout.index(".venv/bin/pytest") :].replace(".venv/bin", str(Path(sys.executable).parent))
+        return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    assert bench_ops().returncode == 0
+    (saved,) = tmp_path.rglob("0001*.json")
+    run = json.loads(saved.read_text())
+    for factor, status in ((100, 0), (1e-4, 1)):  # of the first factor, the second leaves a hundredth
+        for benchmark in run["benchmarks"]:
+            benchmark["stats"]["median"] *= factor
+        saved.write_text(json.dumps(run))
+        done = bench_ops(COMPARE="0001")
+        assert min(done.returncode, 1) == status, done.stdout
+    assert "test_pack[forward" in done.stderr + done.stdout and "Field 'median' has failed" in done.stderr + done.stdout
+
+
 class TestPlots:
     def test_figures_are_drawn_from_saved_results_alone(self, runs, tmp_path):
         pytest.importorskip("matplotlib")
@@ -216,6 +244,6 @@ class TestPlots:
         assert missing == {"cpu-peers.png", "cpu-scaling.png"}
 
     def test_without_matplotlib_a_line_says_what_to_install(self, runs, tmp_path, capsys, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
         assert report.draw(runs, tmp_path / "images") == 1
         assert "matplotlib is not installed: pip install matplotlib" in capsys.readouterr().err
