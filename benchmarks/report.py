@@ -157,8 +157,11 @@ def scaling_section(run: dict) -> str:
 
 def _notes(run, notes):
     """What is to be said below a run's table; each absent peer has a line."""
-    spread = max((row["seconds"]["p80"] - row["seconds"]["p20"]) / row["seconds"]["median"] for row in run["rows"])
-    notes = [*notes, f"Times spread by at most {spread:.0%} of their median (20th to 80th percentile)."]
+    times = [row["seconds"] for row in run["rows"] if row["seconds"]["repeats"] > 1]
+    spread = max(((t["p80"] - t["p20"]) / t["median"] for t in times), default=None)
+    notes = list(notes)
+    if spread is not None:
+        notes += [f"Times spread by at most {spread:.0%} of their median (20th to 80th percentile)."]
     notes += [f"Noisy, for {run['busy']}."] if run.get("busy") else []
     absent = [f"Not measured: `{peer}`, {reason}." for peer, reason in run["absent"].items()]
     return "  \n".join([" ".join(notes), *absent])
