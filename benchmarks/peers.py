@@ -1,10 +1,11 @@
-"""Whom the encoder is compared with: one entry a peer.
+"""Whom the encoder is compared with: one entry a peer, at the end of this file.
 
 A peer is built from a stock Hugging Face model and returns a function of the model's keyword arguments whose result has the last
 hidden state [B, S, C] first, or the loss where the model has a head and gets ``labels``. It must leave the model as it is; it may
-share its parameters.
+share its parameters. Where it keeps working memory between calls, it has a method ``release`` that gives it back.
 """
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import roberta_fast
+from roberta_fast.benchmarks.exported_peers import CTranslate2, OnnxRuntime, OpenVino, SentenceTransformers
 from roberta_fast.families import layer_parts
 from roberta_fast.report import stock_clone
 
@@ -26,14 +28,18 @@ OURS = "roberta_fast"
 class Peer:
     """One entry of ``PEERS``.
 
-    build: from the stock model to the function that is measured. needs: module to import, and how to install it.
+    build: from the stock model to the function that is measured; raises ``Unsuited`` for a model that it does not serve.
+    needs: modules that it imports. calibrated: build also takes a batch, whose values set its scales.
+    precision: what it computes in where that is less than the model's dtype; it is then held to another rule (``parity.py``).
     devices: torch device types that it runs on. trains: whether gradients flow through it, with the model's own dropout.
     dtypes: names of the dtypes that it computes in; None for all. default: part of a run that names no peers.
     compiled: it reuses buffers of its own, so that its memory cannot be read off one call.
     """
 
-    build: Callable[[nn.Module], Callable]
-    needs: tuple[str, str] = ("torch", "pip install torch")
+    build: Callable[..., Callable]
+    needs: tuple[str, ...] = ()
+    calibrated: bool = False
+    precision: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     trains: bool = True
     dtypes: tuple[str, ...] | None = None
@@ -42,9 +48,10 @@ class Peer:
 
     def reason_against(self, device: str, dtype: str, training: bool) -> str | None:
         """Why it cannot take part, with the command that changes it where there is one; None if it can."""
-        module, install = self.needs
-        if _missing(module):
-            return f"{module} is not installed: {install}"
+        missing = [name for name in self.needs if _missing(name)]
+        if missing:
+            names = [_PACKAGES.get(name, name) for name in missing]
+            return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip install {' '.join(names)}"
         if device not in self.devices:
             return f"it runs on {', '.join(self.devices)}, not on {device}"
         if self.dtypes is not None and dtype not in self.dtypes:
@@ -52,6 +59,10 @@ class Peer:
         if training and not self.trains:
             return "it does not train with this model's dropout"
         return None
+
+
+# Packages that go by another name than their module.
+_PACKAGES = {"torch.nn.attention.varlen": "'torch>=2.11'", "sentence_transformers": "sentence-transformers"}
 
 
 def _missing(module: str) -> bool:
@@ -115,6 +126,8 @@ class UnpaddedEncoder:
         return (result,)
 
 
+_RUNTIME = functools.partial(Peer, devices=("cpu",), trains=False, dtypes=("float32",))
+
 PEERS = {
     BASELINE: Peer(functools.partial(_huggingface, attention="sdpa")),
     "huggingface-eager": Peer(functools.partial(_huggingface, attention="eager")),
@@ -123,17 +136,29 @@ PEERS = {
     "huggingface-compile-reduce-overhead": Peer(
         functools.partial(_compiled, mode="reduce-overhead"), devices=("cuda",), default=False, compiled=True
     ),
+    "sentence-transformers": Peer(SentenceTransformers, needs=("sentence_transformers",), trains=False, default=False),
     "torch-varlen": Peer(
         _unpadded,
-        needs=("torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
+        needs=("torch.nn.attention.varlen",),
         devices=("cuda",),
         trains=False,
         dtypes=("float16", "bfloat16"),
+    ),
+    "onnxruntime": _RUNTIME(OnnxRuntime, needs=("onnxruntime", "onnx")),
+    "openvino": _RUNTIME(OpenVino, needs=("openvino",)),
+    "ctranslate2": _RUNTIME(functools.partial(CTranslate2, compute_type="float32"), needs=("ctranslate2",)),
+    "onnxruntime-int8": _RUNTIME(functools.partial(OnnxRuntime, int8=True), needs=("onnxruntime", "onnx"), precision="int8"),
+    "openvino-int8": _RUNTIME(OpenVino, needs=("openvino", "nncf"), precision="int8", calibrated=True),
+    "ctranslate2-int8": _RUNTIME(
+        functools.partial(CTranslate2, compute_type="int8_float32"), needs=("ctranslate2",), precision="int8"
     ),
     "roberta_fast-torch": Peer(functools.partial(_ours, backend="torch"), default=False),
     OURS: Peer(_ours),
 }
 """In the order of the table."""
+
+if any(field.name == "precision" for field in dataclasses.fields(roberta_fast.FastOptions)):
+    PEERS[f"{OURS}-int8"] = _RUNTIME(functools.partial(_ours, precision="int8"), precision="int8")
 
 
 def peers_named(text: str | None, device: str) -> list[str]:

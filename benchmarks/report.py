@@ -1,7 +1,8 @@
-"""Renders ``results/*.json`` into tables, on the terminal and between the README's markers.
+"""Renders ``results/*.json`` into tables, on the terminal and between the README's markers, and has its plots drawn.
 
-``python benchmarks/report.py`` or ``roberta-fast bench --report`` writes the README; with ``--check`` either only says whether it
-is up to date. ``<!-- results:NAME -->`` … ``<!-- /results -->`` in it enclose all tables of the device type NAME, cpu or cuda.
+``python benchmarks/report.py`` or ``roberta-fast bench --report`` writes the README and its plots; with ``--check`` either only
+says whether they are up to date. ``<!-- results:NAME -->`` … ``<!-- /results -->`` in the README enclose all tables of the device
+type NAME, cpu or cuda, and behind them the plots.
 """
 
 import argparse
@@ -10,17 +11,23 @@ import re
 import sys
 from pathlib import Path
 
+from roberta_fast.benchmarks import plots
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 DEVICES = ("cpu", "cuda")
 LATENCY = "latency"
 
 
 def run(argv: list[str], readme: Path = ROOT / "README.md") -> int:
-    """Writes the README's tables. With ``--check`` only returns 1 where they differ; with ``--merge`` only gathers results."""
+    """Writes the README's tables and plots; with ``--merge`` only gathers results.
+
+    Returns 1 where, with ``--check``, something differs, or where plots are to be drawn without matplotlib.
+    """
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__.split("\n", 1)[0].replace("`", ""))
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README or a plot differs")
     parser.add_argument("--merge", type=Path, metavar="DIR", help="only put the results in DIR/*.json into the results' folder")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the results' folder (default: benchmarks/results)")
     args = parser.parse_args(argv)
@@ -30,13 +37,24 @@ def run(argv: list[str], readme: Path = ROOT / "README.md") -> int:
             save(args.results / f"{slug(run['environment'])}.json", [run])
         print(f"{len(runs)} results are now in {args.results}")
         return 0
-    text = readme.read_text(encoding="utf-8")
-    rendered = render(text, load(args.results))
+    text, runs, images = readme.read_text(encoding="utf-8"), load(args.results), readme.parent / IMAGES.relative_to(ROOT)
+    rendered = render(text, runs)
     if args.check:
-        if rendered != text:
-            print(f"{readme} does not show {args.results}: run `roberta-fast bench --report`", file=sys.stderr)
-        return int(rendered != text)
+        differing = [str(readme)] * (rendered != text) + [str(images / name) for name in plots.stale(runs, images)]
+        for path in differing:
+            print(f"{path} does not show {args.results}: run `roberta-fast bench --report`", file=sys.stderr)
+        return int(bool(differing))
     readme.write_text(rendered, encoding="utf-8")
+    return draw(runs, images)
+
+
+def draw(runs: list[dict] | None = None, images: Path | None = None) -> int:
+    """Draws the plots of results, by default of all that are saved; returns 1, and says what to install, without matplotlib."""
+    try:
+        plots.draw(load(RESULTS) if runs is None else runs, images or IMAGES)
+    except ModuleNotFoundError as error:
+        print(f"No plot: {error.name} is not installed: pip install matplotlib", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -68,7 +86,10 @@ def render(text: str, runs: list[dict]) -> str:
         raise ValueError(f"markers must be <!-- results:NAME --> with NAME one of {', '.join(DEVICES)}, got {names}")
 
     def tables(match):
-        sections = [section(run) for run in runs if run["environment"]["device"] == match[2]]
+        # Curves are for the eye.
+        sections = [section(run) for run in runs if run["environment"]["device"] == match[2] and run["kind"] != "scaling"]
+        images = [name for name in plots.figures(runs) if name.startswith(f"{match[2]}-")]
+        sections += [f"![{plots.caption(name)}]({IMAGES.relative_to(ROOT)}/{name})" for name in images]
         return match[1] + "".join(f"{text}\n\n" for text in sections) + match[3]
 
     return MARKED.sub(tables, text)
@@ -83,7 +104,8 @@ def key(run: dict) -> tuple:
 
 def section(run: dict) -> str:
     """A run's caption and table."""
-    return encoder_section(run) if run["kind"] == "encoder" else operation_section(run)
+    sections = {"encoder": encoder_section, "scaling": scaling_section, "operation": operation_section}
+    return sections[run["kind"]](run)
 
 
 def encoder_section(run: dict) -> str:
@@ -97,23 +119,52 @@ def encoder_section(run: dict) -> str:
     lines = []
     for peer in dict.fromkeys(row["peer"] for row in run["rows"]):
         rows = {row["batch"]: row for row in run["rows"] if row["peer"] == peer}
-        cells = [f"`{peer}`"]
+        first = rows[batches[0]]
+        cells = [f"`{peer}`" + (" ✗" if any(row.get("below_floor") for row in rows.values()) else "")]
         for row in (rows[name] for name in batches):
             mfu = [f"{row['tflops'] / peak:.0%}"] if peak else []
             cells += [f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.2f}", *mfu]
         cells += [f"{rows[LATENCY]['seconds']['median'] * 1e3:.2f}"] if latency else []
-        first = rows[batches[0]]
         memory = "–" if first["peak_bytes"] is None else f"{first['peak_bytes'] / 2**20:,.0f}"
         lines.append([*cells, memory, f"{first['max_abs']:.1e}", f"{first['cosine']:.7f}"])
     mode = {"eval": "inference", "train": "fine-tuning step, forward and backward"}[run["mode"]]
     described = "; ".join(f"{name} {_batch(facts)}" for name, facts in run["batches"].items() if name != LATENCY)
-    title = f"**{run['model']}, {mode}, {run['dtype']}**" + (f", {run['title']}" if run.get("title") else "")
     compared = "gradients" if run["mode"] == "train" else "hidden states"
     notes = [f"Peak memory, max\\|Δ\\| and cosine ({compared}, against the first row) are those of the {batches[0]} batch."]
     notes += [f"batch 1: one text of {run['batches'][LATENCY]['seqlen']} tokens."] if latency else []
+    if floor := run.get("floors", {}).get(batches[0]):
+        notes += [f"In 8 bits a cosine of {floor:.5f} is asked for; ✗ marks peers that miss it in a batch."]
+    title = f"**{run['model']}, {mode}, {run['dtype']}**" + (f", {run['title']}" if run.get("title") else "")
+    return f"{title} ({described})  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{_notes(run, notes)}"
+
+
+def scaling_section(run: dict) -> str:
+    """A table for each curve: its batches in rows, the peers' times in columns."""
+    peers = list(dict.fromkeys(row["peer"] for row in run["rows"]))
+    times = {(row["batch"], row["peer"]): row["seconds"]["median"] * 1e3 for row in run["rows"]}
+    tables = []
+    for curve, points in run["curves"].items():
+        lines = []
+        for point in points:
+            facts = run["batches"][point]
+            sizes = [f"{facts['batch']}×{facts['seqlen']}", f"{facts['tokens']:,}"]
+            lines.append([*sizes, *(f"{times[point, peer]:,.1f}" for peer in peers)])
+        tables.append(f"{curve}, ms\n\n{_table(['padded', 'real tokens', *peers], lines)}")
+    name = ", ".join(filter(None, (run["model"], "inference", run["dtype"], run.get("title"))))
+    title = f"**{name}: what time follows**"
+    return "\n\n".join([f"{title}  \n{_origin(run['environment'])}", *tables, _notes(run, [])])
+
+
+def _notes(run, notes):
+    """What is to be said below a run's table; each absent peer has a line."""
+    times = [row["seconds"] for row in run["rows"] if row["seconds"]["repeats"] > 1]
+    spread = max(((t["p80"] - t["p20"]) / t["median"] for t in times), default=None)
+    notes = list(notes)
+    if spread is not None:
+        notes += [f"Times spread by at most {spread:.0%} of their median (20th to 80th percentile)."]
     notes += [f"Noisy, for {run['busy']}."] if run.get("busy") else []
-    notes += [f"Not measured: `{peer}`, {reason}." for peer, reason in run["absent"].items()]
-    return f"{title} ({described})  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{' '.join(notes)}"
+    absent = [f"Not measured: `{peer}`, {reason}." for peer, reason in run["absent"].items()]
+    return "  \n".join([" ".join(notes), *absent])
 
 
 def operation_section(run: dict) -> str:

@@ -46,6 +46,7 @@ MODELS = {
     "roberta-base": ModelShape("roberta", 12, 768, 12, 3072, 50265),
     "roberta-large": ModelShape("roberta", 24, 1024, 16, 4096, 50265),
     "minilm": ModelShape("bert", 6, 384, 12, 1536, 30522),
+    "roberta-long": ModelShape("roberta", 2, 768, 12, 3072, 50265, positions=8192),  # two of roberta-base's layers
     "tiny": ModelShape("roberta", 2, 64, 4, 256, 1000, positions=128),
 }
 
@@ -116,14 +117,17 @@ class Batch:
         return {"batch": batch, "seqlen": seqlen, "tokens": tokens, "fill": round(tokens / (batch * seqlen), 4)}
 
 
-def batch_of(name: str, lengths: Sequence[int], config, seed: int = 0) -> Batch:
-    """A batch of these lengths with random token ids that are no padding. Raises ValueError for a length that does not fit."""
-    limit = longest_sequence(config)
-    if not lengths or min(lengths) < 1 or max(lengths) > limit:
+def batch_of(name: str, lengths: Sequence[int], config, seed: int = 0, padded_to: int | None = None) -> Batch:
+    """A batch of these lengths with random token ids that are no padding.
+
+    padded_to: S, by default the longest length. Raises ValueError for a length that does not fit.
+    """
+    limit, seqlen = longest_sequence(config), padded_to or max(lengths, default=0)
+    if not lengths or min(lengths) < 1 or max(lengths) > seqlen or seqlen > limit:
         raise ValueError(f"lengths must be from 1 to {limit}, which the model takes, got {list(lengths)}")
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(min(10, config.vocab_size - 1), config.vocab_size, (len(lengths), max(lengths)), generator=generator)
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(min(10, config.vocab_size - 1), config.vocab_size, (len(lengths), seqlen), generator=generator)
+    mask = (torch.arange(seqlen) < torch.tensor(lengths)[:, None]).long()
     return Batch(name, torch.where(mask.bool(), ids, config.pad_token_id or 0), mask)
 
 

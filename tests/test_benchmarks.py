@@ -22,6 +22,7 @@ from roberta_fast.report import stock_clone
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "tiny", "--batch-size", "4", "--longest", "20", "--dense", "2x16", "--repeats", "2", "--device", "cpu"]
+SMALL += ["--peers", "huggingface-eager,roberta_fast"]
 OPERATIONS = ("add_layer_norm", "attention", "linear", "linear_gelu", "pack")
 
 
@@ -182,6 +183,8 @@ class TestEncoder:
         [
             (["--model", "robrta"], "argument --model: 'robrta' is neither"),
             (["--peers", "roberta_fast,onnx"], "argument --peers: 'onnx' is not one of"),
+            (["--scaling", "--lengths", "3"], "argument --lengths: the batches of --scaling"),
+            (["--scaling", "--train"], "argument --train: --scaling measures inference"),
             (["--lengths", "3,500"], "argument --lengths: lengths must be from 1 to 128"),
             (["--lengths", "3,x"], "argument --lengths: 'x' is not a whole number"),
             (["--longest", "129"], "argument --longest: lengths must be from 1 to 128"),
@@ -201,6 +204,7 @@ class TestEncoder:
 
     def test_saved_results_go_by_the_machine(self, tmp_path, monkeypatch):
         monkeypatch.setattr(report, "RESULTS", tmp_path)
+        monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
         assert bench("--save", "--peers", "roberta_fast") == 0
         (path,) = tmp_path.glob("*.json")
         (run,) = report.load(tmp_path)
@@ -209,11 +213,11 @@ class TestEncoder:
         assert report.slug(gpu_name) == "nvidia-h100-80gb-hbm3"
 
     def test_an_absent_peer_says_how_to_get_it(self, capsys, monkeypatch):
-        absent = dataclasses.replace(peers.PEERS["huggingface-eager"], needs=("no_such.runtime", "pip install no-such"))
+        absent = dataclasses.replace(peers.PEERS["huggingface-eager"], needs=("no_such.runtime",))
         monkeypatch.setitem(peers.PEERS, "huggingface-eager", absent)
         assert bench() == 0
         printed = capsys.readouterr().out
-        expected = "Not measured: `huggingface-eager`, no_such.runtime is not installed: pip install no-such."
+        expected = "Not measured: `huggingface-eager`, no_such.runtime is not installed: pip install no_such.runtime."
         assert expected in printed and printed.count("huggingface-eager") == 1
 
     def test_the_unpadded_encoder_computes_the_same(self, tiny):

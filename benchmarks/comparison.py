@@ -1,0 +1,171 @@
+"""One table of the encoder: peers on a model and its batches, checked against the stock model, then timed in turn."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from roberta_fast.benchmarks import measure, shapes
+from roberta_fast.benchmarks.exported_peers import Unsuited
+from roberta_fast.benchmarks.parity import PEER_SLACK, Gate, Nearness, clear_gradients
+from roberta_fast.benchmarks.peers import BASELINE, OURS, PEERS
+from roberta_fast.benchmarks.report import LATENCY
+
+
+class NotTheSame(Exception):
+    """Peers whose results differ from the stock model's; its text says which, where and by how much."""
+
+
+class Comparison:
+    """One table: peers on a model and its batches, in evaluation or with a fine-tuning step.
+
+    model: the stock model on its device, in its dtype. name: what tables call it. title: keeps apart runs that measure the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        batches: list[shapes.Batch],
+        peers: list[str],
+        repeats: int,
+        title: str | None = None,
+        commit: str | None = None,
+    ):
+        self.name, self.model, self.batches, self.repeats = name, model, batches, repeats
+        self.title, self.commit = title, commit
+        self.device, self.dtype = model.device.type, str(model.dtype).removeprefix("torch.")
+        self.training, self.busy = model.training, measure.busy()
+        self.absent = {p: PEERS[p].reason_against(self.device, self.dtype, self.training) for p in peers}
+        self.peers = [p for p in peers if self.absent[p] is None]
+
+    def run(self) -> dict:
+        """Checks every peer on every batch, then times. Raises NotTheSame, with nothing timed, where one is wrong.
+
+        Peers in 8 bits are held to a cosine; one of others' that misses it is timed and marked, for so it is what one gets.
+        """
+        environment = measure.environment(self.device, self.commit)  # of the source as it was loaded
+        calls = sum(self._repeats(batch) + 3 for batch in self.batches)  # with the check, the warm-up and the memory
+        with tqdm(total=len(self.peers) * (1 + calls), disable=None, leave=False) as bar:
+
+            def progress(what):
+                bar.set_description_str(what, refresh=False)
+                bar.update()
+
+            functions = self._build(progress)
+            nearness, floors = self._gate(functions, progress)
+            rows = [row for batch in self.batches for row in self._rows(functions, batch, nearness, floors, progress)]
+        return {
+            "kind": "encoder",
+            "title": self.title,
+            "model": self.name,
+            "mode": "train" if self.training else "eval",
+            "dtype": self.dtype,
+            "environment": environment,
+            "busy": self.busy,
+            "peak_tflops": measure.peak_tflops(self.device, self.dtype),
+            "batches": {batch.name: batch.facts() for batch in self.batches},
+            "floors": floors,
+            "rows": rows,
+            "absent": {name: reason for name, reason in self.absent.items() if reason},
+        }
+
+    def _build(self, progress):
+        functions = {}
+        for name in self.peers:
+            peer = PEERS[name]
+            try:
+                functions[name] = peer.build(self.model, self.batches[0]) if peer.calibrated else peer.build(self.model)
+            except Unsuited as error:
+                self.absent[name] = str(error)
+            progress(f"build {name}")
+        return functions
+
+    def _gate(self, functions, progress) -> tuple[dict[tuple[str, str], Nearness], dict[str, float]]:
+        """{(peer, batch): how near it is}, and {batch: the least cosine for 8 bits}."""
+        nearness, floors, wrong = {}, {}, []
+        self._set_training(functions, False)
+        for batch in self.batches:
+            gate = Gate(self.model, functions[BASELINE], batch, self._labels(batch))
+            for name in list(functions):
+                try:
+                    if PEERS[name].precision:
+                        floors[batch.name] = gate.eight_bit_floor
+                        near = nearness[name, batch.name] = gate.measure(functions[name])
+                        if name.startswith(OURS) and not near.cosine >= floors[batch.name]:
+                            wrong.append(f"{name}, {batch.name} batch: cosine {near.cosine} is not {floors[batch.name]}")
+                    else:
+                        nearness[name, batch.name] = gate.check(functions[name], 1.0 if name.startswith(OURS) else PEER_SLACK)
+                except AssertionError as error:
+                    wrong.append(f"{name}, {batch.name} batch: {error}")
+                except torch.OutOfMemoryError:
+                    self.absent[name] = f"out of memory on the {batch.name} batch"
+                    del functions[name]
+                progress(f"check {name}, {batch.name}")
+        if wrong:
+            raise NotTheSame("\n".join(wrong))
+        self._set_training(functions, self.training)
+        return nearness, floors
+
+    def _repeats(self, batch):
+        # A short call is repeated more often for the same certainty.
+        return self.repeats * 4 if batch.name == LATENCY else self.repeats
+
+    def _rows(self, functions, batch, nearness, floors, progress):
+        steps = {name: self._step(function, batch) for name, function in functions.items()}
+        timings = measure.alternate(
+            steps,
+            self._repeats(batch),
+            measure.clock_for(self.device),
+            warm_up_seconds=0.2,
+            pause_seconds=measure.SPIN_SECONDS if self.device == "cpu" else 0.0,
+            progress=lambda name: progress(f"time {name}, {batch.name}"),
+        )
+        flops = shapes.forward_flops(self.model.config, batch.lengths) * (3 if self.training else 1)
+        for name, timing in timings.items():
+            near, precision = nearness[name, batch.name], PEERS[name].precision
+            yield {
+                "batch": batch.name,
+                "peer": name,
+                "precision": precision or self.dtype,
+                "seconds": timing.facts(),
+                "tokens_per_s": batch.tokens / timing.median,
+                "ratio": timing.times_faster(timings[BASELINE]),
+                "tflops": flops / timing.median / 1e12,
+                "peak_bytes": self._peak(name, functions[name], steps[name]),
+                "max_abs": near.max_abs,
+                "cosine": near.cosine,
+                "below_floor": bool(precision) and not near.cosine >= floors[batch.name],
+            }
+            progress(f"memory of {name}, {batch.name}")
+
+    def _peak(self, name, function, step):
+        if PEERS[name].compiled:
+            return None
+        if hasattr(function, "release"):
+            function.release()
+        return measure.peak_memory(step, self.device)
+
+    def _step(self, function: Callable, batch: shapes.Batch) -> Callable[[], object]:
+        inputs, labels = batch.inputs(), self._labels(batch)
+        if labels is None:
+            return torch.no_grad()(lambda: function(**inputs)[0])
+
+        def step():
+            clear_gradients(self.model.parameters())
+            loss = function(**inputs, labels=labels)[0]
+            loss.backward()
+            return loss
+
+        return step
+
+    def _labels(self, batch):
+        rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
+        return rows % 2 if self.training else None
+
+    @staticmethod
+    def _set_training(functions, training):
+        for function in functions.values():
+            if isinstance(function, nn.Module):
+                function.train(training)
