@@ -5,7 +5,6 @@ hidden state [B, S, C] first, or the loss where the model has a head and gets ``
 share its parameters. Where it keeps working memory between calls, it has a method ``release`` that gives it back.
 """
 
-import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -154,11 +153,9 @@ PEERS = {
     ),
     "roberta_fast-torch": Peer(functools.partial(_ours, backend="torch"), default=False),
     OURS: Peer(_ours),
+    f"{OURS}-int8": _RUNTIME(functools.partial(_ours, precision="int8"), precision="int8"),
 }
 """In the order of the table."""
-
-if any(field.name == "precision" for field in dataclasses.fields(roberta_fast.FastOptions)):
-    PEERS[f"{OURS}-int8"] = _RUNTIME(functools.partial(_ours, precision="int8"), precision="int8")
 
 
 def peers_named(text: str | None, device: str) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from roberta_fast import ops
-from roberta_fast.families import LayerParts, is_plain, layer_parts, unwrapped
+from roberta_fast.families import LayerParts, gelu_form, is_plain, layer_parts, unwrapped
 from roberta_fast.ops.int8_linear import Int8Weight, pack_weight, quantize_rows
 from roberta_fast.options import FastOptions
 from roberta_fast.packing import PackedBatch
@@ -31,9 +31,9 @@ class Int8Linear(NamedTuple):
     weight: Int8Weight
     bias: torch.Tensor | None
 
-    def __call__(self, rows: torch.Tensor, batch: PackedBatch, gelu: str | None = None) -> torch.Tensor:
-        """rows [N, K] to [N, M], through a GELU where one is named."""
-        return ops.int8_linear(rows, self.weight, self.bias, gelu=gelu, count=batch.count, backend=batch.options.backend)
+    def __call__(self, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """rows [N, K] to [N, M]."""
+        return ops.int8_linear(rows, self.weight, self.bias, count=batch.count, backend=batch.options.backend)
 
 
 class Int8Linears(NamedTuple):
@@ -60,6 +60,14 @@ class Int8Linears(NamedTuple):
 
         sources = tuple(getattr(parts, name).weight for name in LINEARS)
         return cls(joined("query", "key", "value"), *(joined(name) for name in LINEARS[3:]), sources)
+
+    def feed_forward(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
+        """output(activation(intermediate(rows))), one operation where the activation is a GELU."""
+        form = gelu_form(parts.activation)
+        if form is None:
+            return self.output(parts.activation(self.intermediate(rows, batch)), batch)
+        options = {"gelu": form, "count": batch.count, "backend": batch.options.backend}
+        return ops.int8_feed_forward(rows, *self.intermediate, *self.output, **options)
 
     def quantized(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """(integers, scale, bias) of every one of ``LINEARS``."""

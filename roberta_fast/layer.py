@@ -53,8 +53,7 @@ class FastLayer(Int8Holder):
         context = context.flatten(1)
         projected = int8.attention_output(context, batch) if int8 else _linear(parts.attention_output, context, batch)
         rows = _add_norm(projected, rows, parts.attention_norm, p_projection, seeds, 1, batch)
-        activated = _activated(rows, parts, batch, int8)
-        expanded = int8.output(activated, batch) if int8 else _linear(parts.output, activated, batch)
+        expanded = int8.feed_forward(rows, batch, parts) if int8 else _linear(parts.output, _activated(rows, parts, batch), batch)
         return _add_norm(expanded, rows, parts.output_norm, p_output, seeds, 2, batch)
 
     def _stock_block(self, hidden_states, batch):
@@ -131,11 +130,9 @@ def _query_key_value(rows, parts, batch, int8=None):
     return tuple(_linear(p, rows, batch).unflatten(1, heads) for p in projections)
 
 
-def _activated(rows, parts, batch, int8=None):
+def _activated(rows, parts, batch):
     """activation(intermediate(rows)), fused where it is a GELU over a plain Linear."""
     form = gelu_form(parts.activation)
-    if int8:
-        return int8.intermediate(rows, batch, form) if form else parts.activation(int8.intermediate(rows, batch))
     if form is None or not is_plain(parts.intermediate, nn.Linear):
         return parts.activation(_linear(parts.intermediate, rows, batch))
     weight, bias = parts.intermediate.weight, parts.intermediate.bias

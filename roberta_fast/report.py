@@ -63,7 +63,7 @@ def explain(model: nn.Module) -> Explanation:
     skipped: dict[tuple, list[str]] = {}
     library = "cuBLAS" if weight.is_cuda else "MKL" if torch.backends.mkl.is_available() else "torch"
     backends = {"linear": (library, library)}
-    if options.deterministic or options.unpad == "device":
+    if options.deterministic or options.unpad == "device" or (facts.device, facts.dtype) == ("cpu", "float32"):
         counted = facts._replace(head_dim=None, device_rows=options.unpad == "device")
         forward = dispatch.choose("linear", counted, requested).backend
         backward = dispatch.choose("linear_backward", counted, requested).backend if counted.device_rows else library
@@ -71,7 +71,7 @@ def explain(model: nn.Module) -> Explanation:
     precision, operations = "as the model", dict(_OPERATIONS)
     if options.precision:
         precision = _precision(layers, options.precision)
-        operations["int8_linear"] = None  # computes in inference alone
+        operations |= {"int8_linear": None, "int8_feed_forward": None}  # compute in inference alone
     for name, backward in operations.items():
         chosen = []
         for op in filter(None, (name, backward)):

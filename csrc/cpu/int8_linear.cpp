@@ -36,7 +36,7 @@ namespace {
 
 constexpr int64_t PANEL = 64;      // columns of y: four vectors
 constexpr int64_t ROWS = 192;      // most rows of y that a task computes: it quantizes them once, for all of its panels
-constexpr int64_t HIDDEN = 96;     // most rows between two products, at 3,072 columns 1.1 MiB
+constexpr int64_t HIDDEN = 48;     // most rows between two products: at 3,072 columns 576 KiB, for the second cache
 constexpr int64_t SUMS = 24;       // rows of y whose sums lie in the nearest cache: 6 KiB
 constexpr int64_t AHEAD = 4;       // groups of a panel that are asked for early, as they come from the second cache
 constexpr int64_t BLOCK = 64;      // terms that are rotated together

@@ -2,7 +2,7 @@
 
 from roberta_fast.ops.add_layer_norm import add_layer_norm
 from roberta_fast.ops.attention import attention
-from roberta_fast.ops.int8_linear import int8_linear, quantize_weight
+from roberta_fast.ops.int8_linear import int8_feed_forward, int8_linear, quantize_weight
 from roberta_fast.ops.linear import linear
 from roberta_fast.ops.linear_gelu import linear_gelu
 from roberta_fast.ops.pack import pack, pack_indices, unpack
@@ -10,6 +10,7 @@ from roberta_fast.ops.pack import pack, pack_indices, unpack
 __all__ = [
     "add_layer_norm",
     "attention",
+    "int8_feed_forward",
     "int8_linear",
     "linear",
     "linear_gelu",

@@ -103,6 +103,39 @@ def int8_linear(
     A row has the same bits in any batch. Autocast changes nothing. Returns [N, M] of x's dtype, which has no gradient: backward
     raises NotImplementedError. Raises ValueError naming the argument that does not fit.
     """
+    _check(x, weight, bias, gelu, count)
+    return _forward(x, *weight[:3], bias, gelu, count, backend)
+
+
+def int8_feed_forward(
+    x: torch.Tensor,
+    weight: Int8Weight,
+    bias: torch.Tensor | None,
+    weight_out: Int8Weight,
+    bias_out: torch.Tensor | None,
+    *,
+    gelu: str,
+    count: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """int8_linear(int8_linear(x, weight, bias, gelu=gelu), weight_out, bias_out), the same bits; the middle stays in cache.
+
+    x: [N, K] floating; weight: of [I, K]; weight_out: of [M, I]; bias [I] and bias_out [M] of x's dtype, or None.
+    gelu, count, backend, gradients and errors as in ``int8_linear``. Returns [N, M] of x's dtype.
+    """
+    _check(x, weight, bias, gelu, count)
+    if weight_out.shape[1] != weight.shape[0]:
+        refuse("weight_out", f"of shape {weight_out.shape}", f"of shape [M, {weight.shape[0]}]")
+    if bias_out is not None and (bias_out.shape != weight_out.shape[:1] or bias_out.dtype != x.dtype):
+        refuse("bias_out", f"{bias_out.dtype} {tuple(bias_out.shape)}", f"{x.dtype} [{weight_out.shape[0]}]")
+    if gelu is None:
+        refuse("gelu", gelu, f"one of {APPROXIMATIONS}")
+    if weight_out.packed.device != x.device:
+        refuse("weight_out", weight_out.packed.device, f"on x's device {x.device}")
+    return _feed_forward(x, *weight[:3], bias, gelu, *weight_out[:3], bias_out, count, backend)
+
+
+def _check(x, weight, bias, gelu, count):
     check_rows(x, count)
     outer, inner = weight.shape
     if x.shape[1] != inner:
@@ -113,7 +146,6 @@ def int8_linear(
         refuse("gelu", repr(gelu), f"None or one of {APPROXIMATIONS}")
     if weight.packed.device != x.device:
         refuse("weight", weight.packed.device, f"on x's device {x.device}")
-    return _forward(x, weight.packed, weight.scale, weight.offset, bias, gelu, count, backend)
 
 
 def int8_linear_ref(x, packed, scale, offset, bias=None, gelu=None, count=None):
@@ -128,6 +160,12 @@ def int8_linear_ref(x, packed, scale, offset, bias=None, gelu=None, count=None):
     y = sums.to(x.dtype) * (scale.to(x.dtype) * row_scale[:, None])
     y = y if bias is None else y + bias.to(x.dtype)
     return (y if gelu is None else F.gelu(y, approximate=gelu)).to(dtype)
+
+
+def int8_feed_forward_ref(x, packed, scale, offset, bias, gelu, packed_out, scale_out, offset_out, bias_out=None, count=None):
+    """The composition of two of ``int8_linear_ref``."""
+    hidden = int8_linear_ref(x, packed, scale, offset, bias, gelu, count)
+    return int8_linear_ref(hidden, packed_out, scale_out, offset_out, bias_out, None, count)
 
 
 def rotate(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
@@ -178,9 +216,27 @@ _forward = define(
 )
 
 
+def _feed_forward_implementation(x, *arguments):
+    *rest, backend = arguments
+    return dispatch.choose("int8_feed_forward", facts_of(x), backend).run(x, *rest)
+
+
+def _feed_forward_fake(x, packed, scale, offset, bias, gelu, packed_out, scale_out, offset_out, bias_out, count, backend):
+    return x.new_empty(x.shape[0], scale_out.shape[0])
+
+
+_feed_forward = define(
+    "int8_feed_forward(Tensor x, Tensor packed, Tensor scale, Tensor offset, Tensor? bias, str gelu, Tensor packed_out, "
+    "Tensor scale_out, Tensor offset_out, Tensor? bias_out, Tensor? count, str backend) -> Tensor",
+    _feed_forward_implementation,
+    _feed_forward_fake,
+)
+
+
 def _autograd_backward(ctx, dy):
     raise NotImplementedError(
-        "roberta_fast::int8_linear has no gradient: precision='int8' is for inference; under train() the model computes in fp32"
+        "roberta_fast::int8_linear and int8_feed_forward have no gradient: precision='int8' is for inference; "
+        "under train() the model computes in fp32"
     )
 
 
@@ -190,5 +246,7 @@ def _instruction_missing(facts):
     return None
 
 
-register_autograd("int8_linear", _autograd_backward, lambda ctx, inputs, output: None)
-register_backends("int8_linear", {"int8_linear": "int8_linear_fwd"}, backends=("cpp", "torch"), objection=_instruction_missing)
+_KERNELS = {"int8_linear": "int8_linear_fwd", "int8_feed_forward": "int8_feed_forward_fwd"}
+for _name in _KERNELS:
+    register_autograd(_name, _autograd_backward, lambda ctx, inputs, output: None)
+register_backends("int8_linear", _KERNELS, backends=("cpp", "torch"), objection=_instruction_missing)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from roberta_fast import dispatch
-from roberta_fast.ops import int8_linear, linear, quantize_weight
+from roberta_fast.ops import int8_feed_forward, int8_linear, linear, quantize_weight
 from roberta_fast.ops.int8_linear import Int8Weight, pack_weight, quantize_rows, rotate
 from roberta_fast.testing import poisoned
 
@@ -275,6 +275,28 @@ def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(backend):
     assert all(torch.equal(result, results[-1][: len(result)]) for result in results)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 20, 50, 200])
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_feed_forward_has_the_bits_of_its_two_products(rows, gelu, backend):
+    """With rows for one thread and for several, a count, a strided x, no bias, and sizes that fill no panel."""
+    x, weight, bias = Case(rows, 130, 72, strided=True).inputs()
+    _, weight_out, bias_out = Case(7, 33, 130).inputs()
+    first, second, count = quantize_weight(weight), quantize_weight(weight_out), torch.tensor([rows], dtype=torch.int32)
+    threads = torch.get_num_threads()
+    for biases in ((bias, bias_out), (None, None)):
+        hidden = int8_linear(x, first, biases[0], gelu=gelu, backend=backend)
+        wanted = int8_linear(hidden, second, biases[1], backend=backend)
+        try:
+            for number in (1, 3):
+                torch.set_num_threads(number)
+                got = int8_feed_forward(
+                    poisoned(x, 9), first, biases[0], second, biases[1], gelu=gelu, count=count, backend=backend
+                )
+                assert got.shape == (rows + 9, 33) and torch.equal(got[:rows], wanted)
+        finally:
+            torch.set_num_threads(threads)
+
+
 def test_other_dtypes_run_on_the_reference():
     x, weight, bias = Case(9, 20, 64).inputs()
     quantized = quantize_weight(weight)
@@ -307,7 +329,10 @@ def test_without_the_instruction_the_reference_runs_and_says_so():
 def test_backward_raises_and_says_why():
     x, weight, bias = Case(9, 20, 64).inputs()
     y = int8_linear(x.requires_grad_(), quantize_weight(weight), bias)
-    with pytest.raises(NotImplementedError, match=r"int8_linear has no gradient: precision='int8' is for inference"):
+    with pytest.raises(NotImplementedError, match=r"int8_linear .*no gradient: precision='int8' is for inference"):
+        y.sum().backward()
+    y = int8_feed_forward(x, quantize_weight(weight), bias, quantize_weight(weight.mT), None, gelu="none")
+    with pytest.raises(NotImplementedError, match=r"int8_feed_forward have no gradient: precision='int8' is for inference"):
         y.sum().backward()
 
 
@@ -318,6 +343,9 @@ def test_opcheck(name, backend):
     count = None if case.hidden is None else torch.tensor([case.rows], dtype=torch.int32)
     quantized = quantize_weight(weight)
     torch.library.opcheck(operator, (x, *quantized[:3], bias, case.gelu, count, backend))
+    out = quantize_weight(weight.mT)
+    both = torch.ops.roberta_fast.int8_feed_forward.default
+    torch.library.opcheck(both, (x, *quantized[:3], bias, case.gelu or "none", *out[:3], None, count, backend))
 
 
 def test_fp32_is_far_closer():
@@ -337,6 +365,18 @@ REFUSALS = {
     "count": (lambda: int8_linear(torch.zeros(2, 8), GOOD, count=torch.zeros(1)), r"count must be int32 \[1\]"),
     "integers": (lambda: int8_linear(torch.zeros(2, 8, dtype=torch.int8), GOOD), "x must be a floating-point tensor"),
     "weight": (lambda: quantize_weight(torch.zeros(3)), r"weight must be floating \[M, K\], got torch.float32 \(3,\)"),
+    "weight_out": (
+        lambda: int8_feed_forward(torch.zeros(2, 8), GOOD, None, GOOD, None, gelu="none"),
+        r"weight_out must be of shape \[M, 3\], got of shape \(3, 8\)",
+    ),
+    "no gelu": (
+        lambda: int8_feed_forward(torch.zeros(2, 8), GOOD, None, quantize_weight(torch.ones(8, 3)), None, gelu=None),
+        "gelu must be one of .* got None",
+    ),
+    "bias_out": (
+        lambda: int8_feed_forward(torch.zeros(2, 8), GOOD, None, quantize_weight(torch.ones(8, 3)), torch.zeros(3), gelu="none"),
+        r"bias_out must be torch.float32 \[8\], got",
+    ),
     "infinite weight": (lambda: quantize_weight(torch.full((2, 3), torch.inf)), "weight must be finite"),
     "minus 128": (lambda: pack_weight(torch.full((2, 3), -128, dtype=torch.int8), torch.ones(2)), "from -127 to 127, got -128"),
     "scale": (lambda: pack_weight(torch.zeros(2, 3, dtype=torch.int8), torch.ones(3)), r"scale must be float32 \[2\], got"),
