@@ -61,6 +61,9 @@ CASES = {
     "strided count": Case(70, 30, 20, hidden=90, strided=True, residual=True),
     "rows shared out": Case(300, 30, 20, hidden=11),
     "most shares empty": Case(5, 30, 20, hidden=1000),
+    "many rows": Case(700, 70, 40, residual=True),
+    "many rows without bias, count": Case(650, 70, 9, hidden=3, bias=False),
+    "several steps of the sum": Case(30, 70, 2100, residual=True),
     "float16": Case(140, 64, 72, residual=True, dtype=torch.float16),
     "float16, odd sizes, count": Case(133, 37, 129, hidden=170, residual=True, dtype=torch.float16),
 }
@@ -215,6 +218,20 @@ def test_a_row_does_not_depend_on_its_batch(triton_device):
     few = replace(case, rows=70, hidden=55)
     part = run(few, [inputs[0][:70], *inputs[1:]], dy[:70], "triton")
     assert torch.equal(part["y"], whole["y"][:70]) and torch.equal(part["dx"], whole["dx"][:70])
+
+
+def test_inference_on_cpu_takes_the_kernel():
+    """Few rows on AVX-512 run on our product; with a gradient, and under autocast, PyTorch's own operation is seen."""
+    if dispatch.load_cpp() or torch.ops.roberta_fast_cpp.instruction_set() != "avx512":
+        pytest.skip(dispatch.load_cpp() or "without AVX-512 PyTorch's product serves")
+    (x, weight, bias, residual), _ = Case(100, 70, 900, residual=True).inputs()
+    ours = linear(x, weight, bias, residual=residual)
+    assert torch.equal(ours, linear(x, weight, bias, residual=residual, deterministic=True))
+    stock = F.linear(x, weight, bias) + residual
+    assert not torch.equal(ours, stock)
+    assert torch.equal(linear(x.requires_grad_(), weight, bias, residual=residual), stock)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert linear(x, weight, bias).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("outer", [1, 67, 200])

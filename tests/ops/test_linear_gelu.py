@@ -208,6 +208,9 @@ CASES = {
     "strided count": Case(70, 30, 20, hidden=90, strided=True),
     "rows shared out": Case(300, 30, 20, hidden=11),
     "deterministic": Case(70, 67, 33, hidden=9, deterministic=True),
+    "many rows": Case(700, 70, 16, hidden=3),
+    "many rows, tanh, no bias": Case(650, 70, 9, bias=False, approximate="tanh"),
+    "several steps of the sum": Case(30, 70, 2100),
     "float16": Case(140, 64, 72, dtype=torch.float16),
     "float16, odd sizes, count": Case(133, 37, 129, hidden=170, dtype=torch.float16),
 }
