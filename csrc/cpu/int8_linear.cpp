@@ -46,6 +46,7 @@ constexpr float LEAST = 0x1p-119;  // rows of smaller values count as zeros: 127
 
 using Vector = Floats<Avx512>;
 using Integers = Ints<Avx512>;
+using Modular = Words<Avx512>;  // for sums that may wrap around before the offset is taken off again
 
 struct Int8Linear {
   const float* x;
@@ -170,11 +171,11 @@ TARGET_VNNI ALWAYS_INLINE void finish(const Int8Linear& p, const Scratch& s, int
                                       int64_t column) {
   for (int64_t c = column; c < std::min(column + PANEL, p.columns); c += 16) {
     const int64_t n = p.columns - c;
-    const Integers offset = load_first<Integers>(p.offset + c, n);
+    const Modular offset = bits_as<Modular>(load_first<Integers>(p.offset + c, n));
     const Vector scale = load_first<Vector>(p.scale + c, n);
     const Vector bias = p.bias ? load_first<Vector>(p.bias + c, n) : Vector{};
     for (int64_t r = 0; r < rows; ++r) {
-      const Integers sum = load<Integers>(s.sums + r * PANEL + c - column) - offset;
+      const Integers sum = bits_as<Integers>(load<Modular>(s.sums + r * PANEL + c - column) - offset);
       Vector y = __builtin_convertvector(sum, Vector) * (scale * s.scale[row + r]) + bias;
       if constexpr (ACTIVATION == Activation::gelu_erf) y = gelu_near<Avx512>(y);
       if constexpr (ACTIVATION == Activation::gelu_tanh) y = gelu_tanh<Avx512>(y);

@@ -75,7 +75,7 @@ at::Tensor pack(const at::Tensor& x, const at::Tensor& indices, const std::optio
   at::parallel_for(0, real_rows(count, n), items_per_task(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       check_place(index, i, places);
-      std::memcpy(to + i * row_bytes, from + index[i] * row_bytes, row_bytes);
+      if (row_bytes) std::memcpy(to + i * row_bytes, from + index[i] * row_bytes, row_bytes);
     }
   });
   return rows;
@@ -95,6 +95,7 @@ at::Tensor unpack(const at::Tensor& rows, const at::Tensor& indices, int64_t bat
     ascending &= i == 0 || index[i - 1] < index[i];
   }
   const at::Tensor x = at::empty({batch, seqlen, rows.size(1)}, rows.options());
+  if (x.numel() == 0) return x;
   const char* from = static_cast<const char*>(source.const_data_ptr());
   char* to = static_cast<char*>(x.mutable_data_ptr());
   if (!ascending) {
