@@ -53,7 +53,7 @@ def draw(runs: list[dict] | None = None, images: Path | None = None) -> int:
     try:
         plots.draw(load(RESULTS) if runs is None else runs, images or IMAGES)
     except ModuleNotFoundError as error:
-        print(f"No plot: {error.name} is not installed: pip install matplotlib", file=sys.stderr)
+        print(f"No plot: {error.name.partition('.')[0]} is not installed: pip install matplotlib", file=sys.stderr)
         return 1
     return 0
 

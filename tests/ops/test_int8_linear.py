@@ -357,7 +357,13 @@ def test_fp32_is_far_closer():
     assert 100 * errors[0] < errors[1]
 
 
-GOOD = quantize_weight(torch.ones(3, 8))
+GOOD, BACK = quantize_weight(torch.ones(3, 8)), quantize_weight(torch.ones(8, 3))
+
+
+def both(weight_out, bias_out=None, gelu="none"):
+    return int8_feed_forward(torch.zeros(2, 8), GOOD, None, weight_out, bias_out, gelu=gelu)
+
+
 REFUSALS = {
     "x": (lambda: int8_linear(torch.zeros(2, 9), GOOD), r"x must be \[N, 8\], as the weight has 8, got 9 columns"),
     "bias": (lambda: int8_linear(torch.zeros(2, 8), GOOD, torch.zeros(4)), r"bias must be torch.float32 \[3\], got .* \(4,\)"),
@@ -365,18 +371,9 @@ REFUSALS = {
     "count": (lambda: int8_linear(torch.zeros(2, 8), GOOD, count=torch.zeros(1)), r"count must be int32 \[1\]"),
     "integers": (lambda: int8_linear(torch.zeros(2, 8, dtype=torch.int8), GOOD), "x must be a floating-point tensor"),
     "weight": (lambda: quantize_weight(torch.zeros(3)), r"weight must be floating \[M, K\], got torch.float32 \(3,\)"),
-    "weight_out": (
-        lambda: int8_feed_forward(torch.zeros(2, 8), GOOD, None, GOOD, None, gelu="none"),
-        r"weight_out must be of shape \[M, 3\], got of shape \(3, 8\)",
-    ),
-    "no gelu": (
-        lambda: int8_feed_forward(torch.zeros(2, 8), GOOD, None, quantize_weight(torch.ones(8, 3)), None, gelu=None),
-        "gelu must be one of .* got None",
-    ),
-    "bias_out": (
-        lambda: int8_feed_forward(torch.zeros(2, 8), GOOD, None, quantize_weight(torch.ones(8, 3)), torch.zeros(3), gelu="none"),
-        r"bias_out must be torch.float32 \[8\], got",
-    ),
+    "weight_out": (lambda: both(GOOD), r"weight_out must be of shape \[M, 3\], got of shape \(3, 8\)"),
+    "bias_out": (lambda: both(BACK, torch.zeros(3)), r"bias_out must be torch.float32 \[8\], got .* \(3,\)"),
+    "no gelu": (lambda: both(BACK, gelu=None), "gelu must be one of .* got None"),
     "infinite weight": (lambda: quantize_weight(torch.full((2, 3), torch.inf)), "weight must be finite"),
     "minus 128": (lambda: pack_weight(torch.full((2, 3), -128, dtype=torch.int8), torch.ones(2)), "from -127 to 127, got -128"),
     "scale": (lambda: pack_weight(torch.zeros(2, 3, dtype=torch.int8), torch.ones(3)), r"scale must be float32 \[2\], got"),
