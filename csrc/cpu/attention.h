@@ -54,13 +54,6 @@ void check_attention(const at::Tensor& query, const at::Tensor& key, const at::T
 // A head's width in whole vectors of any instruction set.
 inline int64_t padded(int64_t head_dim) { return (head_dim + Avx512::WIDTH - 1) / Avx512::WIDTH * Avx512::WIDTH; }
 
-// Asks for rows of a head ahead of their use: the heads between them make the stride too long for the processor to guess.
-ALWAYS_INLINE void prefetch_rows(const float* from, int64_t stride, int64_t rows, int64_t head_dim) {
-  constexpr int64_t LINE = 64 / sizeof(float);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < head_dim; d += LINE) __builtin_prefetch(from + r * stride + d);
-}
-
 // Hides from the queries first_query + lane (lanes of one vector) the key of this number: -inf where it is too late for them.
 template <class Isa>
 ALWAYS_INLINE Floats<Isa> hide_later_key(const Segment& s, int64_t first_query, int64_t key, const Floats<Isa>& scores) {

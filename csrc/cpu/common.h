@@ -24,6 +24,15 @@ inline void check_shape(const at::Tensor& t, const char* name, at::IntArrayRef s
   TORCH_CHECK_VALUE(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
 }
 
+// An optional argument, checked, and contiguous where it is given; and where its elements lie.
+inline at::Tensor contiguous_if_given(const std::optional<at::Tensor>& t, const char* name, at::IntArrayRef shape) {
+  if (!t.has_value()) return {};
+  check_float(*t, name, static_cast<int64_t>(shape.size()));
+  check_shape(*t, name, shape);
+  return t->contiguous();
+}
+inline const float* data_or_null(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
 // The tensor with unit stride in its last dimension; a copy only where it has another.
 inline at::Tensor with_unit_stride(const at::Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 

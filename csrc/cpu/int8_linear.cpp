@@ -218,16 +218,12 @@ struct Weight {
     TORCH_CHECK_VALUE(offset.scalar_type() == at::kInt && offset.is_contiguous() && offset.device().is_cpu(),
                       "offset must be a contiguous int32 CPU tensor, got ", offset.scalar_type(), " on ", offset.device());
     check_shape(offset, "offset", {columns});
-    if (shift.has_value()) {
-      check_float(*shift, "bias", 1);
-      check_shape(*shift, "bias", {columns});
-      bias = shift->contiguous();
-    }
+    bias = contiguous_if_given(shift, "bias", {columns});
     params = {.x = nullptr,
               .packed = reinterpret_cast<const int32_t*>(packed.const_data_ptr<int8_t>()),
               .scale = scale.const_data_ptr<float>(),
               .offset = offset.const_data_ptr<int32_t>(),
-              .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+              .bias = data_or_null(bias),
               .y = nullptr,
               .stride_x = 0,
               .columns = columns,

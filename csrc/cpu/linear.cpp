@@ -31,12 +31,6 @@ struct Linear {
   float* scratch;
 };
 
-// Asks for the lines that will be written, while the product is made.
-ALWAYS_INLINE void prefetch_tile(const float* p, int64_t stride, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(p + r * stride + c, 1);
-}
-
 // The epilogue of rows [first_row, first_row + rows) and columns [first, first + columns), whose sums lie there or in y itself.
 template <class Isa, Activation ACTIVATION>
 ALWAYS_INLINE void finish(const Linear& p, const float* sums, int64_t stride, int64_t first_row, int64_t rows, int64_t first,
@@ -84,8 +78,9 @@ ALWAYS_INLINE void multiply_panel(const Linear& p, int64_t task, int64_t) {
     for (int64_t row = begin; row < end; row += ROWS) {
       const int64_t rows = std::min(ROWS, end - row);
       float* sums = all_sums + (last && k == 0 ? 0 : (row - begin) * PANEL);
-      if (last) prefetch_tile(p.y + row * p.columns + first, p.columns, rows, columns);
-      multiply<Isa>({p.x + row * p.stride_x + k, p.stride_x, weight, PANEL, sums, PANEL, rows, vectors<Isa>(columns), terms, k > 0});
+      if (last) prefetch_rows(p.y + row * p.columns + first, p.columns, rows, columns);  // for finish to write
+      const float* x = p.x + row * p.stride_x + k;
+      multiply<Isa>({x, p.stride_x, weight, PANEL, sums, PANEL, rows, vectors<Isa>(columns), terms, k > 0});
       if (last) finish<Isa>(p, sums, PANEL, row, rows, first, columns);
     }
   }
@@ -98,22 +93,11 @@ at::Tensor linear_fwd(const at::Tensor& x, const at::Tensor& weight, const std::
   check_float(weight, "weight", 2);
   const int64_t n = x.size(0), columns = weight.size(0), real = real_rows(count, n);
   check_shape(weight, "weight", {columns, x.size(1)});
-  at::Tensor shift, added;
-  if (bias.has_value()) {
-    check_float(*bias, "bias", 1);
-    check_shape(*bias, "bias", {columns});
-    shift = bias->contiguous();
-  }
-  if (residual.has_value()) {
-    check_float(*residual, "residual", 2);
-    check_shape(*residual, "residual", {n, columns});
-    added = residual->contiguous();
-  }
+  const at::Tensor shift = contiguous_if_given(bias, "bias", {columns});
+  const at::Tensor added = contiguous_if_given(residual, "residual", {n, columns});
   const at::Tensor y = at::empty({n, columns}, x.options());
   at::Tensor product = y.narrow(0, 0, real);
-  Epilogue epilogue;
-  if (shift.defined()) epilogue.bias = shift.const_data_ptr<float>();
-  if (added.defined()) epilogue.residual = added.const_data_ptr<float>();
+  const Epilogue epilogue{.bias = data_or_null(shift), .residual = data_or_null(added)};
   multiply_rows(x.narrow(0, 0, real), weight, epilogue, deterministic, product);
   return y;
 }
@@ -138,7 +122,8 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const Epilogue
   if (!deterministic && (n > MANY_ROWS || active_level() != Level::avx512)) {
     at::mm_out(y, rows, columns.t());
     // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
-    at::parallel_for(0, n, std::max<int64_t>(1, 8192 / m), [&](int64_t begin, int64_t end) { finish_rows_for_cpu(params, begin, end); });
+    at::parallel_for(0, n, std::max<int64_t>(1, 8192 / m),
+                     [&](int64_t begin, int64_t end) { finish_rows_for_cpu(params, begin, end); });
     return;
   }
   for_each_task(panels * chunks, (STEP + (n + chunks - 1) / chunks) * PANEL, [&](int64_t task, float* scratch) {

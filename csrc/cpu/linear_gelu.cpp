@@ -61,14 +61,8 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_fwd(const at::Tensor& x, const at
   check_float(weight, "weight", 2);
   check_shape(weight, "weight", {weight.size(0), x.size(1)});
   const int64_t n = x.size(0), columns = weight.size(0), real = real_rows(count, n);
-  Epilogue epilogue{.activation = gelu_named(approximate)};
-  at::Tensor shift;
-  if (bias.has_value()) {
-    check_float(*bias, "bias", 1);
-    check_shape(*bias, "bias", {columns});
-    shift = bias->contiguous();
-    epilogue.bias = shift.const_data_ptr<float>();
-  }
+  const at::Tensor shift = contiguous_if_given(bias, "bias", {columns});
+  Epilogue epilogue{.bias = data_or_null(shift), .activation = gelu_named(approximate)};
   const at::Tensor y = at::empty({n, columns}, x.options());
   const at::Tensor u = save_preactivation ? at::empty({n, columns}, x.options()) : at::empty({0}, x.options());
   if (save_preactivation) epilogue.preactivation = u.mutable_data_ptr<float>();

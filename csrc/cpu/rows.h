@@ -7,6 +7,13 @@
 
 namespace roberta_fast {
 
+// Asks for rows ahead of their use: they lie too far apart for the processor to guess the next.
+ALWAYS_INLINE void prefetch_rows(const float* from, int64_t stride, int64_t rows, int64_t columns) {
+  constexpr int64_t LINE = 64 / sizeof(float);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += LINE) __builtin_prefetch(from + r * stride + c);
+}
+
 // Copies rows to rows of whole vectors, zeros behind their own elements.
 template <class Isa>
 ALWAYS_INLINE void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t stride_to) {

