@@ -7,20 +7,19 @@ layer gets its attention mask; called in any other way it is the stock layer.
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from transformers.models.roberta.modeling_roberta import RobertaEncoder as StockRobertaEncoder
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from roberta_fast import int8, padding_mask
+from roberta_fast import heads, int8, padding_mask
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
+    ROLES,
     Family,
     family_of,
     family_of_encoder,
@@ -29,11 +28,13 @@ from roberta_fast.families import (
     unwrapped,
 )
 from roberta_fast.layer import NOT_DETERMINISTIC, SEE_EACH_OTHER, FastLayer, is_watched
+from roberta_fast.ops.registration import TRANSFORMED, is_transformed
 from roberta_fast.options import FastOptions
 from roberta_fast.packing import PackedBatch
+from roberta_fast.reporting import Reporting
 
 
-class FastEncoder:
+class FastEncoder(Reporting):
     """Mixin before a stock encoder class: packs, runs the layers, unpacks."""
 
     fast_options = FastOptions()
@@ -75,7 +76,8 @@ class FastEncoder:
         if reason:
             if flattened is not None and "flash" not in str(_config_of(self)._attn_implementation):
                 raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {SEE_EACH_OTHER}")
-            self._report(reason)
+            forbidden = NOT_DETERMINISTIC if self.fast_options.deterministic else None
+            self._report(self.stock_calls, "takes the stock path", "the stock path would run", reason, forbidden)
             if isinstance(mask, torch.Tensor) and mask.shape == hidden_states.shape[:2]:
                 attention_mask = padding_mask.stock_mask(layer_parts(self.layer[0]).attention, mask, hidden_states)
             decoding = {
@@ -120,28 +122,9 @@ class FastEncoder:
             raise RuntimeError(f"roberta_fast: the layers would compute in fp32, {reason}, {int8.RELEASED}")
         missing = next((layer.int8 for layer in layers if isinstance(layer.int8, str)), None)
         if not self.training and (reason or missing):  # training in fp32 is no surprise
-            self._report_fp32(reason or f"8-bit weights: {missing}")
+            reason_or_missing = reason or f"8-bit weights: {missing}"
+            self._report(self.fp32_calls, "computes in fp32", "layers would compute in fp32", reason_or_missing)
         return reason is None
-
-    def _report(self, reason: str) -> None:
-        """Counts a call that takes the stock path; warns of each reason once. Traced code stays silent."""
-        if self.fast_options.deterministic or self.fast_options.on_unsupported == "error":
-            refused = NOT_DETERMINISTIC if self.fast_options.deterministic else "and on_unsupported='error'"
-            raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {refused}")
-        self._count(self.stock_calls, reason, "takes the stock path")
-
-    def _report_fp32(self, reason: str) -> None:
-        """As ``_report``, for a call that computes in fp32 where int8 was asked for."""
-        if self.fast_options.on_unsupported == "error":
-            raise NotImplementedError(f"roberta_fast: layers would compute in fp32, {reason}, and on_unsupported='error'")
-        self._count(self.fp32_calls, reason, "computes in fp32")
-
-    def _count(self, calls, reason, what):
-        if torch.compiler.is_compiling():
-            return
-        if reason not in calls and self.fast_options.on_unsupported == "warn":
-            warnings.warn(f"roberta_fast: {type(self).__name__} {what}: {reason}", RuntimeWarning, stacklevel=4)
-        calls[reason] = calls.get(reason, 0) + 1
 
 
 def encoder_objection(encoder: nn.Module) -> str | None:
@@ -161,8 +144,8 @@ def _config_of(encoder):
 
 def _call_objection(encoder_hidden_states, past_key_values, collected):
     """Why this call takes the stock path, or None."""
-    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
-        return "a torch.func transform or forward-mode differentiation"
+    if not torch.compiler.is_compiling() and is_transformed():
+        return TRANSFORMED
     if encoder_hidden_states is not None:
         return "cross-attention"
     if past_key_values is not None:
@@ -274,9 +257,9 @@ def _attentions(encoder):
 
 @functools.cache
 def fast_class(family: Family, role: str) -> type[nn.Module]:
-    """The fast subclass of a family's ``"layer"`` or ``"encoder"``. It keeps the stock name, by which FSDP wraps."""
+    """The fast subclass of a family's stock class for one of ``ROLES``. It keeps the stock name, by which FSDP wraps."""
     stock = family.stock_class(role)
-    mixin = FastLayer if role == "layer" else FastEncoder
+    mixin = {"layer": FastLayer, "encoder": FastEncoder, "masked_lm": heads.FastMaskedLM}[role]
     body = {
         "__module__": __name__,
         "__qualname__": _global_name(family, role),
@@ -284,20 +267,22 @@ def fast_class(family: Family, role: str) -> type[nn.Module]:
         "family": family,
         "stock": stock,
     }
+    if role == "masked_lm":
+        body["forward"] = heads.fused_forward(stock)
     return type(stock.__name__, (mixin, stock), body)
 
 
 def _global_name(family, role):
     """The name of a fast class in this module: the stock one, lengthened where an earlier family has it."""
     name = getattr(family, role)
-    owner = next(f for f in FAMILIES if name in (f.layer, f.encoder))
+    owner = next(f for f in FAMILIES if name in (getattr(f, r) for r in ROLES))
     return name if owner is family else f"{name}_{family.module.split('.')[0]}"
 
 
 def __getattr__(name: str):
     """Finds the fast classes by name, so that they pickle like any class of a module."""
     for family in FAMILIES:
-        for role in ("layer", "encoder"):
-            if _global_name(family, role) == name:
+        for role in ROLES:
+            if getattr(family, role) and _global_name(family, role) == name:
                 return fast_class(family, role)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

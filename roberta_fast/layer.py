@@ -51,10 +51,10 @@ class FastLayer(Int8Holder):
             **_how(batch),
         )
         context = context.flatten(1)
-        projected = int8.attention_output(context, batch) if int8 else _linear(parts.attention_output, context, batch)
-        rows = _add_norm(projected, rows, parts.attention_norm, p_projection, seeds, 1, batch)
-        expanded = int8.feed_forward(rows, batch, parts) if int8 else _linear(parts.output, _activated(rows, parts, batch), batch)
-        return _add_norm(expanded, rows, parts.output_norm, p_output, seeds, 2, batch)
+        projected = int8.attention_output(context, batch) if int8 else linear(parts.attention_output, context, batch)
+        rows = add_norm(projected, rows, parts.attention_norm, p_projection, seeds, 1, batch)
+        expanded = int8.feed_forward(rows, batch, parts) if int8 else _feed_forward(rows, parts, batch)
+        return add_norm(expanded, rows, parts.output_norm, p_output, seeds, 2, batch)
 
     def _stock_block(self, hidden_states, batch):
         padded = hidden_states if hidden_states.dim() == 3 else batch.unpack(hidden_states)
@@ -107,7 +107,7 @@ def _probability(dropout):
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
-def _linear(module, rows, batch):
+def linear(module, rows, batch):
     """module(rows), by the operation where the module is a plain Linear."""
     if is_plain(module, nn.Linear):
         return ops.linear(rows, module.weight, module.bias, count=batch.count, **_how(batch))
@@ -127,19 +127,22 @@ def _query_key_value(rows, parts, batch, int8=None):
     if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
         return ops.linear(rows, weight, bias, count=batch.count, **_how(batch)).unflatten(1, (3, *heads)).unbind(1)
-    return tuple(_linear(p, rows, batch).unflatten(1, heads) for p in projections)
+    return tuple(linear(p, rows, batch).unflatten(1, heads) for p in projections)
 
 
-def _activated(rows, parts, batch):
-    """activation(intermediate(rows)), fused where it is a GELU over a plain Linear."""
-    form = gelu_form(parts.activation)
-    if form is None or not is_plain(parts.intermediate, nn.Linear):
-        return parts.activation(_linear(parts.intermediate, rows, batch))
-    weight, bias = parts.intermediate.weight, parts.intermediate.bias
-    return ops.linear_gelu(rows, weight, bias, approximate=form, count=batch.count, **_how(batch))
+def _feed_forward(rows, parts, batch):
+    return linear(parts.output, activated(rows, parts.intermediate, parts.activation, batch), batch)
 
 
-def _add_norm(x, residual, norm, p, seeds, index, batch):
+def activated(rows, dense, activation, batch):
+    """activation(dense(rows)), fused where it is a GELU over a plain Linear."""
+    form = gelu_form(activation)
+    if form is None or not is_plain(dense, nn.Linear):
+        return activation(linear(dense, rows, batch))
+    return ops.linear_gelu(rows, dense.weight, dense.bias, approximate=form, count=batch.count, **_how(batch))
+
+
+def add_norm(x, residual, norm, p, seeds, index, batch):
     """norm(residual + dropout(x)), fused where norm is a plain LayerNorm."""
     seed = seeds[index : index + 1] if p else None
     if not is_plain(norm, nn.LayerNorm) or norm.bias is None:

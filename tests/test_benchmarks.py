@@ -24,7 +24,7 @@ from roberta_fast.report import stock_clone
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "tiny", "--batch-size", "4", "--longest", "20", "--dense", "2x16", "--repeats", "2", "--device", "cpu"]
 SMALL += ["--peers", "huggingface-eager,roberta_fast"]
-OPERATIONS = ("add_layer_norm", "attention", "linear", "linear_gelu", "pack")
+OPERATIONS = ("add_layer_norm", "attention", "cross_entropy", "linear", "linear_gelu", "pack")
 
 
 @pytest.fixture
