@@ -10,6 +10,20 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.utils import ModelOutput
 
 
+class AttentionParts(NamedTuple):
+    """The modules of one attention, by what they do; ``containers`` are those whose own ``forward`` is passed over."""
+
+    attention: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_dropout: nn.Module
+    attention_output: nn.Module
+    attention_output_dropout: nn.Module
+    attention_norm: nn.Module
+    containers: tuple[nn.Module, ...]
+
+
 class LayerParts(NamedTuple):
     """The modules of one layer, by what they do; ``containers`` are those whose own ``forward`` the fast layer passes over."""
 
@@ -27,13 +41,31 @@ class LayerParts(NamedTuple):
     output_dropout: nn.Module
     output_norm: nn.Module
     containers: tuple[nn.Module, ...]
+    cross: AttentionParts | None = None
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All of them, once each."""
+        found = (*self.containers, *self[:-2], *((*self.cross.containers, *self.cross[:-1]) if self.cross else ()))
+        return tuple(dict.fromkeys(module for module in found if isinstance(module, nn.Module)))
 
 
 def bert_parts(layer: nn.Module) -> LayerParts:
     """The parts of a layer with BERT's names."""
-    attention, intermediate, output = layer.attention, layer.intermediate, layer.output
-    heads, projection = attention.self, attention.output
+    own, intermediate, output = _bert_attention(layer.attention), layer.intermediate, layer.output
     return LayerParts(
+        **{**own._asdict(), "containers": (*own.containers, intermediate, output)},
+        cross=_bert_attention(layer.crossattention) if "crossattention" in layer._modules else None,
+        intermediate=intermediate.dense,
+        activation=intermediate.intermediate_act_fn,
+        output=output.dense,
+        output_dropout=output.dropout,
+        output_norm=output.LayerNorm,
+    )
+
+
+def _bert_attention(attention):
+    heads, projection = attention.self, attention.output
+    return AttentionParts(
         attention=heads,
         query=heads.query,
         key=heads.key,
@@ -42,12 +74,7 @@ def bert_parts(layer: nn.Module) -> LayerParts:
         attention_output=projection.dense,
         attention_output_dropout=projection.dropout,
         attention_norm=projection.LayerNorm,
-        intermediate=intermediate.dense,
-        activation=intermediate.intermediate_act_fn,
-        output=output.dense,
-        output_dropout=output.dropout,
-        output_norm=output.LayerNorm,
-        containers=(attention, heads, projection, intermediate, output),
+        containers=(attention, heads, projection),
     )
 
 

@@ -15,7 +15,7 @@ from roberta_fast.accelerate import fast_encoders, restore_model
 from roberta_fast.encoder import encoder_objection
 from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
 from roberta_fast.heads import FastMaskedLM, head_objection
-from roberta_fast.layer import layer_objection
+from roberta_fast.layer import layer_objection, linears
 from roberta_fast.ops.registration import facts_of
 
 
@@ -141,10 +141,10 @@ def _layer_fallbacks(layer, precision):
         yield f"linear_gelu is not used: the activation is {type(parts.activation).__name__}"
     elif not is_plain(parts.intermediate, nn.Linear):
         yield f"linear_gelu is not used: intermediate.dense is a {_kind(parts.intermediate)}"
-    for name in ("query", "key", "value", "attention_output", "output"):
-        if not is_plain(getattr(parts, name), nn.Linear):
-            yield f"{name} is called as a module: it is a {_kind(getattr(parts, name))}"
-    for norm in (parts.attention_norm, parts.output_norm):
+    for name, module in linears(parts).items():
+        if name != "intermediate" and not is_plain(module, nn.Linear):
+            yield f"{name} is called as a module: it is a {_kind(module)}"
+    for norm in (parts.attention_norm, parts.output_norm, *([parts.cross.attention_norm] if parts.cross else [])):
         if not is_plain(norm, nn.LayerNorm):
             yield f"add_layer_norm is not used: the norm is a {_kind(norm)}"
 
