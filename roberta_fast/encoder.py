@@ -180,9 +180,9 @@ def _call_objection(call, decodes, collected):
     if not torch.compiler.is_compiling() and is_transformed():
         return TRANSFORMED
     if not decodes and call.encoder_hidden_states is not None:
-        return "cross-attention in an encoder"
+        return "cross-attention"
     if not decodes and call.cache is not None:
-        return "a key-value cache in an encoder"
+        return "a key-value cache"
     if "attentions" in collected or "cross_attentions" in collected:
         return "attentions are requested"
     return None

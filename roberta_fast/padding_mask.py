@@ -87,7 +87,8 @@ def _short_where_marked(name: str) -> Callable:
     def mask(batch_size, q_length, kv_length, *args, **kwargs):
         padding, function = kwargs.get("attention_mask"), kwargs.get("mask_function")
         plain = (padding is None or padding.dim() == 2) and is_marked(kwargs["config"])
-        if plain and function is bidirectional_mask_function and kwargs.get("allow_is_bidirectional_skip"):
+        of_rows = q_length == kv_length or getattr(kwargs["config"], "is_decoder", False)  # those attend to an encoder's keys
+        if plain and of_rows and function is bidirectional_mask_function and kwargs.get("allow_is_bidirectional_skip"):
             return None if padding is None else short_form(padding, kwargs["dtype"])
         made = original(batch_size, q_length, kv_length, *args, **kwargs)
         if plain and function is causal_mask_function and made is not None:
