@@ -20,6 +20,7 @@ from roberta_fast.decoding import DecoderCall
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
+    LANGUAGE_MODELS,
     ROLES,
     Family,
     family_of,
@@ -292,7 +293,7 @@ def _attentions(encoder):
 def fast_class(family: Family, role: str) -> type[nn.Module]:
     """The fast subclass of a family's stock class for one of ``ROLES``. It keeps the stock name, by which FSDP wraps."""
     stock = family.stock_class(role)
-    mixin = {"layer": FastLayer, "encoder": FastEncoder, "masked_lm": heads.FastMaskedLM}[role]
+    mixin = {"layer": FastLayer, "encoder": FastEncoder}.get(role, heads.FastLanguageModel)
     body = {
         "__module__": __name__,
         "__qualname__": _global_name(family, role),
@@ -300,8 +301,8 @@ def fast_class(family: Family, role: str) -> type[nn.Module]:
         "family": family,
         "stock": stock,
     }
-    if role == "masked_lm":
-        body["forward"] = heads.fused_forward(stock)
+    if role in LANGUAGE_MODELS:
+        body["forward"] = heads.fused_forward(stock, causal=role == "causal_lm")
     return type(stock.__name__, (mixin, stock), body)
 
 
