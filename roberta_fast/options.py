@@ -7,6 +7,7 @@ from roberta_fast.dispatch import BACKENDS
 UNPAD = ("auto", "host", "device")
 ON_UNSUPPORTED = ("warn", "error", "ignore")
 PRECISIONS = (None, "int8")
+RECOMPUTE = (None, "gelu", "layer")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class FastOptions:
         of dtype or device drop the copies; calls that record gradients do without them. See docs/int8.md.
     fuse_lm_head: a masked or causal language model in training mode that is given labels computes its head and loss from the
         labelled rows alone, and its ``outputs.logits`` is None; False leaves both as they are.
+    recompute: what a backward pass computes again instead of having kept it: None, nothing; ``"gelu"``, the activation between
+        the two products of a feed-forward block, a quarter of what a layer keeps; ``"layer"``, every layer from its input.
     Raises ValueError for any other value.
     """
 
@@ -38,6 +41,7 @@ class FastOptions:
     deterministic: bool = False
     precision: str | None = None
     fuse_lm_head: bool = True
+    recompute: str | None = None
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
@@ -53,3 +57,5 @@ class FastOptions:
             raise ValueError("precision='fp8' is not available yet; there are None and 'int8'")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r} is not one of {PRECISIONS}")
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute={self.recompute!r} is not one of {RECOMPUTE}")
