@@ -140,15 +140,15 @@ def _json(path, text, line=None) -> Any:
 
 
 def read_conll(path: str | Path, token_column: int = 0, tag_column: int = -1) -> Table:
-    """Sentences of a CoNLL file: one token a line, its columns divided by spaces or tabs, an empty line behind each sentence.
+    """Sentences of a CoNLL file: one token a line, its columns divided by tabs or spaces, an empty line behind each sentence.
 
-    The columns ``tokens`` and ``tags`` hold lists; ``lines`` the line of each sentence's first token.
+    Where a line has tabs, they alone divide it, and its token may be empty, as invisible characters have made it in real files. The columns ``tokens`` and ``tags`` hold lists; ``lines`` the line of each sentence's first token.
     """
     tokens, tags, lines = [], [], []
     ends = True
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        fields = re.split(r"[ \t]+", line.strip("\r\n \t"))
-        if fields == [""] or fields[0] == "-DOCSTART-":
+        fields = line.rstrip("\r").split("\t") if "\t" in line else re.split(" +", line.strip("\r "))
+        if fields in ([""], ["", ""]) or fields[0] == "-DOCSTART-":
             ends = True
             continue
         if len(fields) < 2:
