@@ -38,7 +38,7 @@ class Classification(FineTuning):
     data_class = ClassificationArguments
     metric = "accuracy"
 
-    def read(self, path: str) -> Table:
+    def read(self, path: str, split: str) -> Table:
         return read_table(path)
 
     def prepare(self) -> None:

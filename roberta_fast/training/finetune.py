@@ -94,8 +94,8 @@ class FineTuning:
 
     # What a subclass says.
 
-    def read(self, path: str) -> Table:
-        """The examples of a file."""
+    def read(self, path: str, split: str) -> Table:
+        """The examples of a file; those of the split ``"test"`` may lack labels."""
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -291,7 +291,7 @@ class FineTuning:
     def _table(self, split):
         path = getattr(self.data_args, f"{split}_file")
         if path:
-            return self.read(path)
+            return self.read(path, split)
         if not self.data_args.dataset_name:
             return None
         return self.from_hub(load_hub(self.data_args.dataset_name, self.data_args.dataset_config_name, split), split)

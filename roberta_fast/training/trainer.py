@@ -73,6 +73,7 @@ class FastTrainingArguments(TrainingArguments):
         if self.seeds and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
             raise ValueError(f"seeds={self.seeds!r} must be integers with commas between them, such as 1,2,3")
         self.per_device_train_batch_size = self.per_device_train_batch_size or 32
+        self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()
 
 
