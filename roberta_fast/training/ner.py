@@ -12,7 +12,7 @@ from roberta_fast.tasks.token_classification import spans_of
 from roberta_fast.training import report
 from roberta_fast.training.arguments import NerArguments
 from roberta_fast.training.data import TABLES, DataError, Table, read_conll, read_table
-from roberta_fast.training.finetune import FineTuning
+from roberta_fast.training.fine_tuning import FineTuning
 
 TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("ner_tags", "tags", "labels", "pos_tags")
 _ENTITY_TAG = re.compile(r"O|[BIESLU]-.+", re.DOTALL)
@@ -40,7 +40,7 @@ class Ner(FineTuning):
         first = next(iter(self.tables.values()))
         self.token_column = given.text_column_name or next((c for c in TOKEN_COLUMNS if c in first.columns), TOKEN_COLUMNS[0])
         self.tag_column = given.label_column_name or next((c for c in TAG_COLUMNS if c in first.columns), TAG_COLUMNS[0])
-        self.tagged = {s: t for s, t in self.tables.items() if s != "test" or self.tag_column in t.columns}
+        self.tagged = {s: t for s, t in self.tables.items() if s != "test" or (self.score_test and self.tag_column in t.columns)}
         for table in self.tables.values():
             self._check_tokens(table)
         for table in self.tagged.values():
@@ -160,7 +160,7 @@ class Ner(FineTuning):
         name = self.labels[label]
         return self.labels.index(f"I-{name[2:]}") if self.has_entities and name.startswith("B-") else label
 
-    def collator(self):
+    def collator(self, model: PreTrainedModel):
         return DataCollatorForTokenClassification(self.tokenizer)
 
     def trainer_options(self) -> dict:

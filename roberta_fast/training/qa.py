@@ -15,7 +15,7 @@ from roberta_fast.tasks.question_answering import Prediction, best_answers, wind
 from roberta_fast.training import report
 from roberta_fast.training.arguments import QaArguments
 from roberta_fast.training.data import DataError, Table, check_answer, read_squad, read_table, read_text
-from roberta_fast.training.finetune import FineTuning
+from roberta_fast.training.fine_tuning import FineTuning
 
 COLUMNS = ("id", "title", "context", "question", "answers")
 WORST = 50
@@ -108,7 +108,7 @@ class QuestionAnswering(FineTuning):
     def _split_of(self, table):
         return next(name for name, other in self.tables.items() if other is table)
 
-    def collator(self):
+    def collator(self, model: PreTrainedModel):
         return DataCollatorWithPadding(self.tokenizer)
 
     def _answers(self, logits, table) -> list[Prediction]:
