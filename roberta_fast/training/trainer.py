@@ -181,7 +181,7 @@ class _FastTraining:
         super().store_flos()
 
     def _compute_dtype(self):
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else next(self.model.parameters()).dtype
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with real tokens a second and model FLOPs utilization since the last line."""
