@@ -94,6 +94,8 @@ class FineTuning:
         for split, limit in zip(wanted, limits, strict=True):
             if split in self.tables and limit is not None:
                 self.tables[split] = self.tables[split].first(limit)
+        if model_args.precision and ("train" in self.tables or not model_args.fast):
+            raise ValueError(f"precision={model_args.precision!r} is for evaluation and prediction on the fast encoder")
         self.config = self._config()
         self.tokenizer = self.load_tokenizer()
         self.prepare()
@@ -240,6 +242,7 @@ class FineTuning:
             compute_metrics=None if args.prediction_loss_only else self._metrics_now,
             callbacks=[EarlyStoppingCallback(args.early_stopping_patience)] if stopping else None,
             fast=self.model_args.fast,
+            precision=self.model_args.precision,
             **self.trainer_options(),
         )
 
