@@ -42,6 +42,11 @@ class FineTuningArguments(FastSeq2SeqTrainingArguments):
 
     def __post_init__(self):
         asked = self.do_eval
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        elif self.load_best_model_at_end and self.save_strategy == "epoch":  # the best model is among those that are evaluated
+            self.save_strategy = self.eval_strategy
+            self.save_steps = self.eval_steps or self.save_steps
         super().__post_init__()
         self.do_eval = asked  # an eval_strategy turns it on, but here it says which data is read
 

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 PAGES = sorted(DOCS.glob("finetune-*.md"))
 # What the pages' commands leave to the defaults of a real run.
-SMALL = "--max_steps 2 --use_cpu true --disable_tqdm true --max_eval_samples 4 --eval_strategy no --load_best_model_at_end false"
+SMALL = "--max_steps 2 --use_cpu true --disable_tqdm true --eval_strategy no"
 
 pytest.importorskip("sklearn", reason="the extra train is not installed")
 sys.path.insert(0, str(HERE.parent / "training"))
@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch, tiny_checkpoint):
     context = "yesterday Eva Holm went to New Town by train"
     tiny.jsonl_file(tmp_path / "new.jsonl", [{"question": "went to ?", "context": context}])
     texts = {"new.txt": "a warm film\ndull\n", "new.conll": "Anna\nwent\n", "new.en": "one\n", "prompts.txt": "a\n"}
-    texts |= {name: "\n".join(tiny.SENTENCES) for name in ("train.txt", "validation.txt")}
+    texts |= {name: "\n".join(tiny.SENTENCES * 2) for name in ("train.txt", "validation.txt")}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
