@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,10 +285,3 @@ def as_flags(arguments: object) -> dict:
         if spec.init and value != default:
             flags[spec.name] = value
     return flags
-
-
-def command_line() -> str:
-    """The command as it was called."""
-    import shlex
-
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
