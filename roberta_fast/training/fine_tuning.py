@@ -217,10 +217,11 @@ class FineTuning:
         if "test" in encoded:
             found, predictions = self.predict(trainer, encoded["test"])
             metrics |= found
-            lines = [json.dumps(row, ensure_ascii=False, default=str) for row in predictions]
-            report.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
         if trainer.is_world_process_zero():
             self._write(trainer, folder, metrics)
+            if "test" in encoded:
+                rows = [json.dumps(row, ensure_ascii=False, default=str) for row in predictions]
+                report.write_text(folder / "predictions.jsonl", "\n".join(rows) + "\n")
         return Result(str(folder), metrics, trainer.model, predictions)
 
     def _trainer(self, args, model, encoded):
@@ -372,4 +373,6 @@ def _training_flags(args):
     values = {name: getattr(args, name) for name in names}
     values["per_device_train_batch_size"] = None if args.tokens_per_batch else args.per_device_train_batch_size
     values["max_steps"] = None if args.max_steps < 0 else args.max_steps
-    return {name: str(value) for name, value in values.items() if value is not None and value is not False}
+    return {
+        name: str(getattr(value, "value", value)) for name, value in values.items() if value is not None and value is not False
+    }

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -148,7 +149,7 @@ class _FastTraining:
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=lambda worker: seed_worker(worker, workers, self.args.process_index),
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
         )
         # The sampler deals the batches out itself, so that each process has as many.
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
