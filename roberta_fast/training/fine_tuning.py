@@ -290,7 +290,9 @@ class FineTuning:
     def remembered(self) -> dict:
         """The data flags that prediction needs again."""
         kept = as_flags(self.data_args)
-        forgotten = [name for name in kept if name.endswith(("_file", "_samples", "_percentage")) or name.startswith("dataset_")]
+        forgotten = [
+            name for name in kept if name.endswith(("_file", "_samples", "_percentage", "prompt")) or name.startswith("dataset_")
+        ]
         return {name: value for name, value in kept.items() if name not in forgotten}
 
     def _with_adapters(self, model):
