@@ -186,7 +186,11 @@ def parse(command: str, description: str, argv: Sequence[str], *dataclasses_: ty
     config, _ = _ConfigOnly(prog=short.prog).parse_known_args(argv)
     try:
         before = config_flags(config.config, full) if config.config else []
-        *parsed, _ = full.parse_args_into_dataclasses([*before, *argv], look_for_args_file=False)
+        *parsed, _, unknown = full.parse_args_into_dataclasses(
+            [*before, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no flag of this command, or a value too many")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"roberta-fast {command}: {error}") from None
     return tuple(parsed)

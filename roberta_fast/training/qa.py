@@ -65,6 +65,10 @@ class QuestionAnswering(FineTuning):
     def prepare(self) -> None:
         given = self.data_args
         self.check_length(given.max_seq_length, "max_seq_length")
+        trained = any(name.endswith("ForQuestionAnswering") for name in self.config.architectures or ())
+        if "train" not in self.tables and not trained:
+            path = self.model_args.model_name_or_path
+            raise ValueError(f"model_name_or_path={path!r} has no question answering head yet: train_file is needed")
         self.windows = {}
         for split, table in self.tables.items():
             if split == "test" or given.version_2_with_negative:

@@ -113,6 +113,11 @@ def test_a_config_that_does_not_fit(name, text, message, tmp_path):
         parsed("--config", str(tmp_path / name))
 
 
+def test_a_flag_that_does_not_exist():
+    with pytest.raises(SystemExit, match="finetune classification: '--learning_rte' is no flag of this command"):
+        parsed("--learning_rte", "3")
+
+
 def test_a_missing_extra_is_one_line():
     with pytest.raises(SystemExit, match=r"training needs no_such_module: pip install .*roberta_fast\[train\]"):
         arguments.require_extra("no_such_module")

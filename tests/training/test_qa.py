@@ -127,6 +127,11 @@ def test_stops_before_training(change, message, tmp_path, tiny_checkpoint):
         run(tmp_path, tiny_checkpoint, jsonl_file(tmp_path / "a.jsonl", [row | change]), None)
 
 
+def test_a_model_without_a_head_is_not_evaluated(tmp_path, tiny_checkpoint):
+    with pytest.raises(ValueError, match="has no question answering head yet"):
+        run(tmp_path, tiny_checkpoint, None, questions(tmp_path / "dev.json", 2))
+
+
 def test_a_question_that_leaves_no_room(tmp_path, tiny_checkpoint):
     row = {"question": "who " * 60, "context": "in Oslo", "answers": {"text": ["Oslo"], "answer_start": [3]}}
     with pytest.raises(DataError, match="text 0: a first text of"):
