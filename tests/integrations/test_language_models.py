@@ -203,18 +203,6 @@ def test_names_signature_pickle_and_restoring():
     assert restored.__dict__.keys() == stock.__dict__.keys()
 
 
-def test_compiled():
-    fast, _, exact = models()
-    inputs = labelled(fast)
-    compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
-    loss = step(compiled, inputs).loss
-    found = {name: gradient.clone() for name, gradient in gradients(fast).items()}
-    fast.zero_grad()
-    torch.testing.assert_close(loss, step(fast, inputs).loss)
-    step(exact, inputs)
-    assert_same_gradients(found, gradients(fast), gradients(exact))
-
-
 def test_trainer_follows_the_stock_loss(tmp_path, checkpoint):
     """On real text and real weights, with Trainer's own collator."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
