@@ -1,0 +1,295 @@
+"""Hugging Face's Trainer on the accelerated encoder, with batches by token budget and checkpoints that are whole.
+
+Schedules, optimizers, weight-decay groups, mixed precision, DDP, FSDP and logging are Trainer's own.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints, seed_worker
+
+from roberta_fast.accelerate import accelerate_model
+from roberta_fast.training.batching import TokenBatchSampler
+from roberta_fast.training.checkpoints import STAGING, last_complete_checkpoint, publish
+from roberta_fast.training.throughput import Throughput, peak_flops
+
+TOKENS_PER_BATCH = 2048
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss or gradient that is no number."""
+
+
+@dataclass
+class FastTrainingArguments(TrainingArguments):
+    """TrainingArguments with the defaults of fine-tuning an encoder, and a few of their own.
+
+    Raises ValueError for a budget below 0, a decay outside (0, 1], a patience below 0, or seeds that are no integers.
+    """
+
+    _argument_group_name = "training"
+
+    per_device_train_batch_size: int = field(default=0, metadata={"help": "Texts in a batch, in place of a token budget."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts in a batch of evaluation."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps from one line of the log to the next."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite from the log."})
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Real tokens in a batch and process; 0: per_device_train_batch_size texts instead. "
+            f"Default: {TOKENS_PER_BATCH}, or 0 where per_device_train_batch_size is given."
+        },
+    )
+    layer_lr_decay: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the learning rate from each layer to the one below; the head has it whole."},
+    )
+    early_stopping_patience: int = field(
+        default=0, metadata={"help": "Stop after as many evaluations without a better metric; 0: never."}
+    )
+    seeds: str | None = field(default=None, metadata={"help": "Seeds, 1,2,3: one run each, and mean ± std of their metrics."})
+
+    def __post_init__(self):
+        if self.tokens_per_batch is None:
+            self.tokens_per_batch = 0 if self.per_device_train_batch_size else TOKENS_PER_BATCH
+        if self.tokens_per_batch < 0:
+            raise ValueError(f"tokens_per_batch={self.tokens_per_batch} must be 0 or more")
+        if not 0 < self.layer_lr_decay <= 1:
+            raise ValueError(f"layer_lr_decay={self.layer_lr_decay} must lie in (0, 1]")
+        if self.early_stopping_patience < 0:
+            raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be 0 or more")
+        if self.seeds and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
+            raise ValueError(f"seeds={self.seeds!r} must be integers with commas between them, such as 1,2,3")
+        self.per_device_train_batch_size = self.per_device_train_batch_size or 32
+        super().__post_init__()
+
+
+@dataclass
+class FastSeq2SeqTrainingArguments(FastTrainingArguments, Seq2SeqTrainingArguments):
+    """The same for models that generate while they are evaluated."""
+
+
+class _FastTraining:
+    """What ``FastTrainer`` and ``FastSeq2SeqTrainer`` add to Trainer.
+
+    fast: accelerate the model's encoders, where they are not yet.
+    class_weights: the weight of each class in the cross-entropy, float [num_labels], for models with one label a text.
+    """
+
+    def __init__(self, model=None, args=None, *rest, fast: bool = True, class_weights: Sequence[float] | None = None, **kwargs):
+        args = args or FastTrainingArguments("trainer_output")
+        if fast and model is not None:
+            accelerate_model(model)
+        super().__init__(model, args, *rest, **kwargs)
+        if class_weights is not None:
+            self._weigh_classes(class_weights)
+        self.throughput, self._peak, self._rates, self._staging = None, None, {}, None
+
+    def _weigh_classes(self, class_weights):
+        classes = self.model.config.num_labels
+        if len(class_weights) != classes:
+            raise ValueError(f"class_weights has {len(class_weights)} weights for num_labels={classes}")
+        weights = torch.tensor(class_weights, dtype=torch.float32, device=self.args.device)
+        smoothing = self.args.label_smoothing_factor
+
+        def loss(outputs, labels, num_items_in_batch=None):
+            logits = outputs["logits"].float()
+            return F.cross_entropy(logits.view(-1, classes), labels.view(-1), weights, label_smoothing=smoothing)
+
+        self.compute_loss_func, self.loss_is_scaled_for_ga = loss, False
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches by token budget where the arguments ask for it, Trainer's else."""
+        budget = getattr(self.args, "tokens_per_batch", 0)
+        if not budget or self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
+            return super().get_train_dataloader()
+        from accelerate.data_loader import prepare_data_loader
+
+        sampler = TokenBatchSampler(
+            text_lengths(self.train_dataset),
+            budget,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            num_replicas=self.args.world_size,
+            rank=self.args.process_index,
+        )
+        dataset, collator = self.train_dataset, self.data_collator
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=lambda worker: seed_worker(worker, workers, self.args.process_index),
+        )
+        # The sampler deals the batches out itself, so that each process has as many.
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, with a learning rate that falls from layer to layer where ``layer_lr_decay`` asks for it."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        decay = getattr(self.args, "layer_lr_decay", 1.0)
+        if is_new and decay != 1.0:
+            depths = layer_depths(self.model if model is None else model)
+            optimizer.param_groups[:] = [g for group in optimizer.param_groups for g in _by_depth(group, depths, decay)]
+        return optimizer
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        """Trainer's; counts the batch."""
+        if self.throughput is None:
+            self.throughput = Throughput(self.accelerator.unwrap_model(model))
+            self.throughput.start()
+        self.throughput.add(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs) -> int:
+        """0: operations are counted on the device, for real tokens, and read when something is logged or saved."""
+        return 0
+
+    def store_flos(self) -> None:
+        """Reads the counts of tokens and operations since the last call."""
+        if self.throughput is not None:
+            tokens, flops, seconds = self.throughput.drain()
+            everywhere = self.accelerator.reduce(torch.tensor(tokens, device=self.args.device)).item()
+            self.current_flos += flops
+            if self.args.include_num_input_tokens_seen == "no":
+                self.state.num_input_tokens_seen += everywhere
+            if seconds and tokens:
+                if self._peak is None:
+                    self._peak = peak_flops(self.args.device, self._compute_dtype())
+                self._rates = {"tokens_per_second": round(everywhere / seconds), "mfu": round(flops / seconds / self._peak, 4)}
+        super().store_flos()
+
+    def _compute_dtype(self):
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with real tokens a second and model FLOPs utilization since the last line."""
+        if "loss" in logs:
+            logs |= self._rates
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._stop_unless_finite(tr_loss, grad_norm)
+        if self.throughput is not None:
+            self.throughput.stop()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        if self.throughput is not None:
+            self.throughput.start()
+
+    def _stop_unless_finite(self, tr_loss, grad_norm):
+        """Raises NotFiniteError in all processes before anything is logged or saved of a model that has come apart."""
+        values = [float(tr_loss)]
+        if grad_norm is not None and not self.args.fp16:  # loss scaling finds its scale by overflows
+            values.append(float(grad_norm))
+        is_bad = torch.tensor(float(not all(map(math.isfinite, values))), device=self.args.device)
+        if self.accelerator.reduce(is_bad).item():
+            last = last_complete_checkpoint(self.args.output_dir)
+            raise NotFiniteError(
+                f"the loss or its gradient is not finite at step {self.state.global_step} (loss {values[0]}, gradient norm "
+                f"{values[-1]}); {f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}. "
+                f"A lower learning_rate (now {self.args.learning_rate}), a longer warm-up or bf16 in place of fp16 may help"
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Trainer's; ``True`` resumes from the last complete checkpoint of the output folder, or begins where there is none."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self.throughput = None
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return folder if self._staging is None else self._staging
+
+    def _save_checkpoint(self, model, trial):
+        """Trainer's, under another name until all is written."""
+        folder = Path(super()._get_output_dir(trial))
+        staging, name = folder / STAGING, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.name == name or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            publish(staging / name, folder / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Waits until the checkpoint is where it stays."""
+
+
+class FastTrainer(_FastTraining, Trainer):
+    """``transformers.Trainer`` on the accelerated encoder, with what ``FastTrainingArguments`` adds.
+
+    The log holds ``tokens_per_second`` (real tokens, all processes) and ``mfu`` (of a matrix product measured on this device).
+    Raises NotFiniteError where a loss or gradient is not finite, before it reaches a checkpoint.
+    """
+
+
+class FastSeq2SeqTrainer(_FastTraining, Seq2SeqTrainer):
+    """The same for encoder-decoders, with generation in evaluation."""
+
+
+def text_lengths(dataset) -> list[int]:
+    """The tokens of each text of ``dataset``: its column ``length``, or the lengths of ``input_ids``."""
+    columns = getattr(dataset, "column_names", ())
+    if "length" in columns:
+        return list(dataset["length"])
+    if "input_ids" in columns:
+        return [len(ids) for ids in dataset["input_ids"]]
+    return [len(example["input_ids"]) for example in dataset]
+
+
+def layer_depths(model: nn.Module) -> dict[nn.Parameter, int]:
+    """How many layers lie above each parameter, 0 for heads; embeddings lie one below the first layer."""
+    found = [(p, re.search(r"\.(?:layer|layers|h)\.(\d+)\.", name), name) for name, p in model.named_parameters()]
+    count = 1 + max((int(match[1]) for _, match, _ in found if match), default=-1)
+
+    def depth(match, name):
+        if match:
+            return count - int(match[1])
+        return count + 1 if "embeddings" in name.lower() else 0
+
+    return {parameter: depth(match, name) for parameter, match, name in found}
+
+
+def _by_depth(group, depths, decay):
+    """A parameter group as one for each depth, with the learning rate that it has there."""
+    by_depth = {}
+    for parameter in group["params"]:
+        by_depth.setdefault(depths.get(parameter, 0), []).append(parameter)
+    return [{**group, "params": params, "lr": group["lr"] * decay**depth} for depth, params in sorted(by_depth.items())]
