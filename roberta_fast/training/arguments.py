@@ -88,6 +88,76 @@ class DataArguments:
     max_predict_samples: int | None = flag(None, "predict the first so many only")
 
 
+@dataclass
+class ClassificationArguments(DataArguments):
+    """Texts or pairs of texts with one label, several, or a number."""
+
+    text_column_names: str | None = flag(
+        None, "the column with the text, or two with a comma between them; default: as in GLUE's files"
+    )
+    label_column_name: str | None = flag(None, "the column with the label (label or labels)")
+    problem_type: str | None = flag(
+        None,
+        "default: by the labels: numbers with a decimal point are a regression, lists are several labels a text",
+        choices=["single_label_classification", "multi_label_classification", "regression"],
+    )
+    label_separator: str = flag(",", "between several labels of a text in a csv or tsv file")
+    class_weights: str | None = flag(None, "balanced: by inverse frequency; or a weight for each label in order, 1,2.5")
+    jieba: bool = flag(False, "cut Chinese into words by jieba first, for tokenizers that split at white space")
+
+
+@dataclass
+class NerArguments(DataArguments):
+    """Tokens with a tag each."""
+
+    text_column_name: str | None = flag(None, "the column with the tokens of a json file (tokens)")
+    label_column_name: str | None = flag(None, "the column with their tags (ner_tags or tags)")
+    label_all_tokens: bool = flag(False, "train on all pieces of a word, not on its first alone")
+
+
+@dataclass
+class QaArguments(DataArguments):
+    """Questions whose answer is a span of a context."""
+
+    max_seq_length: int = flag(384, "tokens of a window, question and specials included")
+    doc_stride: int = flag(128, "tokens that neighbouring windows of a context share")
+    n_best_size: int = flag(20, "answers that are written for each question")
+    max_answer_length: int = flag(30, "tokens of the longest answer")
+    version_2_with_negative: bool = flag(False, "there are questions without an answer, as in SQuAD 2.0")
+    null_score_diff_threshold: float = flag(
+        0.0, "no answer is predicted where its score exceeds the best one's by more than this"
+    )
+
+
+@dataclass
+class TranslationArguments(DataArguments):
+    """Sentences in two languages."""
+
+    source_lang: str = flag("en", "source language: a parallel text is FILE.en and FILE.de, a json has it under translation")
+    target_lang: str = flag("de", "target language")
+    decoder_name_or_path: str | None = flag(None, "checkpoint that the decoder starts from; default: the encoder's")
+    decoder_tokenizer_name: str | None = flag(None, "tokenizer of the target language; default: that of the source")
+    tie_encoder_decoder: bool = flag(False, "one set of parameters for both halves")
+    max_source_length: int = flag(128, "tokens of a source sentence; what is longer is cut")
+    max_target_length: int = flag(128, "tokens of a target sentence, in training and in generation")
+    num_beams: int = flag(4, "beams of the search, in evaluation and prediction")
+    length_penalty: float = flag(1.0, "exponent of the length by which a beam's score is divided")
+
+
+@dataclass
+class GenerationArguments(DataArguments):
+    """Running text."""
+
+    text_column_name: str | None = flag(None, "the column with the text of a csv, tsv or json file (text)")
+    block_size: int = flag(128, "tokens of a training example: texts are laid one after the other and cut")
+    prompt: str | None = flag(None, "continue this text, after training or with --do_predict")
+    max_new_tokens: int = flag(64, "tokens of a continuation")
+    do_sample: bool = flag(True, "sample; --no-do-sample: the likeliest token each time")
+    temperature: float = flag(1.0, "of the samples")
+    top_k: int = flag(50, "sample among so many likeliest tokens; 0: all")
+    top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability")
+
+
 def parse(command: str, description: str, argv: Sequence[str], *dataclasses_: type, training: str) -> tuple:
     """The flags of ``argv`` as one object of each dataclass, and one of the training arguments.
 

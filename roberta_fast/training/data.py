@@ -142,7 +142,8 @@ def _json(path, text, line=None) -> Any:
 def read_conll(path: str | Path, token_column: int = 0, tag_column: int = -1) -> Table:
     """Sentences of a CoNLL file: one token a line, its columns divided by tabs or spaces, an empty line behind each sentence.
 
-    Where a line has tabs, they alone divide it, and its token may be empty, as invisible characters have made it in real files. The columns ``tokens`` and ``tags`` hold lists; ``lines`` the line of each sentence's first token.
+    Where a line has tabs, they alone divide it, and its token may be empty, as invisible characters have made it in real files.
+    The columns ``tokens`` and ``tags`` hold lists; ``lines`` the line of each sentence's first token.
     """
     tokens, tags, lines = [], [], []
     ends = True

@@ -1,0 +1,374 @@
+"""What all fine-tuning tasks have in common: read, check, train, evaluate, predict, save, report."""
+
+import copy
+import dataclasses
+import importlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
+
+from roberta_fast.training import report
+from roberta_fast.training.arguments import DataArguments, ModelArguments, as_flags, require_extra
+from roberta_fast.training.data import DataError, Table, load_hub
+from roberta_fast.training.trainer import FastSeq2SeqTrainingArguments, FastTrainer
+
+TASKS = {
+    "classification": "classification:Classification",
+    "ner": "ner:Ner",
+    "qa": "qa:QuestionAnswering",
+    "translation": "translation:Translation",
+    "generation": "generation:Generation",
+}
+# What a trained folder remembers of how its texts were read.
+SETTINGS = "finetune.json"
+
+
+@dataclass
+class FineTuningArguments(FastSeq2SeqTrainingArguments):
+    """FastTrainingArguments that evaluate and save each epoch and end with the best model."""
+
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint's model."})
+    metric_for_best_model: str | None = field(default="auto", metadata={"help": "The metric that chooses it; auto: the task's."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of matrices; biases and LayerNorms have none."})
+
+    def __post_init__(self):
+        asked = self.do_eval
+        super().__post_init__()
+        self.do_eval = asked  # an eval_strategy turns it on, but here it says which data is read
+
+
+@dataclass
+class Result:
+    """What a run ends with. metrics: by name, ``eval_...`` of the validation data. predictions: of the test data, one a row."""
+
+    output_dir: str
+    metrics: dict[str, float]
+    model: PreTrainedModel
+    predictions: list[dict] = field(default_factory=list)
+
+
+class FineTuning:
+    """One task on one data set. A subclass says what is read, which head is trained, and what is measured."""
+
+    name: str
+    pipeline_tag: str
+    metric: str  # the best checkpoint's
+    lora_task_type: str
+    data_class: type[DataArguments]
+    trainer_class: type[FastTrainer] = FastTrainer
+    greater_is_better = True
+
+    def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: FineTuningArguments):
+        """Reads and checks all data and loads the tokenizer. Raises DataError or ValueError before anything is trained."""
+        self.model_args, self.data_args, self.args = model_args, data_args, args
+        if not (model_args.model_name_or_path or model_args.config_name):
+            raise ValueError("model_name_or_path is needed, or config_name to start from random parameters")
+        wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+        if not any(wanted.values()):
+            wanted = dict.fromkeys(wanted, True)
+        self.tables = {split: table for split in wanted if wanted[split] and (table := self._table(split)) is not None}
+        if data_args.validation_split_percentage and "train" in self.tables and "validation" not in self.tables:
+            self.tables["train"], self.tables["validation"] = split_table(
+                self.tables["train"], data_args.validation_split_percentage
+            )
+        for split, given in (("train", args.do_train), ("validation", args.do_eval), ("test", args.do_predict)):
+            if given and split not in self.tables:
+                raise ValueError(f"there is no {split} data: {split}_file or a dataset_name that has it is needed")
+        if not self.tables:
+            raise ValueError("there is no data: train_file, validation_file, test_file or dataset_name is needed")
+        limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_predict_samples)
+        for split, limit in zip(wanted, limits, strict=True):
+            if split in self.tables and limit is not None:
+                self.tables[split] = self.tables[split].first(limit)
+        self.config = self._config()
+        self.tokenizer = self.load_tokenizer()
+        self.prepare()
+
+    # What a subclass says.
+
+    def read(self, path: str) -> Table:
+        """The examples of a file."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Checks the tables against each other and the config, and puts labels into the config."""
+
+    def build_model(self) -> PreTrainedModel:
+        """The model that is trained, with the head of the task."""
+        raise NotImplementedError
+
+    def encode(self, table: Table):
+        """The examples as a ``datasets.Dataset`` of what the model takes."""
+        raise NotImplementedError
+
+    def collator(self):
+        """Makes batches of them."""
+        raise NotImplementedError
+
+    def metrics_of(self, prediction: EvalPrediction, table: Table) -> dict[str, float]:
+        """The metrics of predictions on ``table``."""
+        raise NotImplementedError
+
+    def write_report(self, folder: Path, output: PredictionOutput, table: Table) -> None:
+        """Tables, figures and the worst mistakes, into ``folder``."""
+
+    def predictions_of(self, output: PredictionOutput, table: Table) -> Iterator[dict]:
+        """What is predicted for each row."""
+        raise NotImplementedError
+
+    def trainer_options(self) -> dict:
+        """More arguments of the trainer."""
+        return {}
+
+    def usage(self) -> str:
+        """The model card's snippet."""
+        return f'from transformers import pipeline\n\npredict = pipeline("{self.pipeline_tag}", "path/to/this/folder")'
+
+    # What is common.
+
+    def load_tokenizer(self):
+        """The tokenizer of the model, or of ``tokenizer_name``."""
+        given = self.model_args
+        return AutoTokenizer.from_pretrained(
+            given.tokenizer_name or given.model_name_or_path or given.config_name, **self._where()
+        )
+
+    def load_model(self, auto_class, **options) -> PreTrainedModel:
+        """A model with the task's config, from the checkpoint or, without one, from random parameters."""
+        if not self.model_args.model_name_or_path:
+            return auto_class.from_config(self.config)
+        return auto_class.from_pretrained(self.model_args.model_name_or_path, config=self.config, **options, **self._where())
+
+    def check_length(self, length: int, argument: str) -> None:
+        """Raises ValueError where the model has fewer positions."""
+        config = self.config
+        positions = getattr(config, "max_position_embeddings", None)
+        # RoBERTa's positions begin behind its padding index.
+        if positions and config.model_type in ("roberta", "xlm-roberta", "camembert", "data2vec-text"):
+            positions -= (config.pad_token_id or 0) + 1
+        if positions and length > positions:
+            raise ValueError(f"{argument}={length}, but the model has {positions} positions")
+
+    def run(self) -> Result:
+        """Trains, evaluates and predicts what there is data for, once a seed, and writes all of it to ``output_dir``."""
+        seeds = [int(seed) for seed in (self.args.seeds or "").split(",") if seed]
+        if len(seeds) < 2 or "train" not in self.tables:
+            self.args.seed = seeds[0] if seeds else self.args.seed
+            return self._run(self.args)
+        results = []
+        for seed in seeds:
+            args = copy.deepcopy(self.args)
+            args.seed, args.output_dir = seed, str(Path(self.args.output_dir) / f"seed-{seed}")
+            results.append(self._run(args))
+        summary = report.mean_std([result.metrics for result in results])
+        runs = {f"seed-{seed}": result.metrics for seed, result in zip(seeds, results, strict=True)}
+        report.write_json(Path(self.args.output_dir) / "metrics.json", {"summary": summary, **runs})
+        rows = [(name, value["mean"], value["std"]) for name, value in summary.items()]
+        report.write_text(Path(self.args.output_dir) / "metrics.txt", report.text_table(("metric", "mean", "std"), rows))
+        for name in [name for name in summary if name.startswith("eval_")]:
+            print(f"{name}: {summary[name]['mean']:.4f} ± {summary[name]['std']:.4f} over {len(seeds)} seeds")
+        best = max if self.greater_is_better else min
+        return best(results, key=lambda result: result.metrics.get(f"eval_{self.metric}", 0.0))
+
+    def _run(self, args):
+        set_seed(args.seed)
+        folder = Path(args.output_dir)
+        model = self.build_model()
+        is_adapted = bool(self.model_args.lora_r) and "train" in self.tables
+        if is_adapted:
+            model = self._with_adapters(model)
+        encoded = {split: self.encode(table) for split, table in self.tables.items()}
+        trainer = self._trainer(args, model, encoded)
+        metrics = {}
+        if "train" in encoded:
+            resume = args.resume_from_checkpoint
+            trained = trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+            metrics |= trained.metrics | {"train_samples": len(encoded["train"])}
+            trainer.save_state()
+            if is_adapted:
+                trainer.model.save_pretrained(folder / "adapter")
+                trainer.model = trainer.model.merge_and_unload()
+            trainer.save_model(str(folder))
+        predictions = []
+        if "validation" in encoded:
+            metrics |= self._evaluate(trainer, encoded["validation"], folder)
+        if "test" in encoded:
+            output = self._predict(trainer, encoded["test"], self.tables["test"], "test")
+            if output.label_ids is not None:
+                metrics |= output.metrics
+            predictions = list(self.predictions_of(output, self.tables["test"]))
+            lines = [json.dumps(row, ensure_ascii=False, default=str) for row in predictions]
+            report.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+        if trainer.is_world_process_zero():
+            self._write(trainer, folder, metrics)
+        return Result(str(folder), metrics, trainer.model, predictions)
+
+    def _trainer(self, args, model, encoded):
+        if args.metric_for_best_model == "auto":
+            args.metric_for_best_model, args.greater_is_better = self.metric, self.greater_is_better
+        if "validation" not in encoded:
+            args.eval_strategy, args.load_best_model_at_end = "no", False
+        stopping = args.early_stopping_patience and "validation" in encoded
+        self._evaluated = self.tables.get("validation")
+        return self.trainer_class(
+            model,
+            args,
+            self.collator(),
+            encoded.get("train"),
+            encoded.get("validation"),
+            processing_class=self.tokenizer,
+            compute_metrics=lambda prediction: self.metrics_of(prediction, self._evaluated),
+            callbacks=[EarlyStoppingCallback(args.early_stopping_patience)] if stopping else None,
+            fast=self.model_args.fast,
+            **self.trainer_options(),
+        )
+
+    def _predict(self, trainer, dataset, table, prefix):
+        before, self._evaluated = self._evaluated, table
+        try:
+            return trainer.predict(dataset, metric_key_prefix=prefix)
+        finally:
+            self._evaluated = before
+
+    def _evaluate(self, trainer, dataset, folder):
+        output = self._predict(trainer, dataset, self.tables["validation"], "eval")
+        if trainer.is_world_process_zero():
+            self.write_report(folder, output, self.tables["validation"])
+        return output.metrics | {"eval_samples": len(self.tables["validation"])}
+
+    def _write(self, trainer, folder, metrics):
+        report.write_json(folder / "metrics.json", metrics)
+        flags = {**as_flags(self.model_args), **as_flags(self.data_args), **_training_flags(self.args)}
+        if "train" not in self.tables:
+            return
+        report.plot_learning_curves(trainer.state.log_history, folder / "learning_curves.png")
+        settings = {"task": self.name, "data": self.remembered()}
+        report.write_json(folder / SETTINGS, settings)
+        report.model_card(
+            folder / "README.md",
+            name=folder.resolve().name,
+            base_model=self.model_args.model_name_or_path or "random parameters",
+            pipeline_tag=self.pipeline_tag,
+            metrics={k: v for k, v in metrics.items() if k.startswith("eval_") and not k.endswith(("_runtime", "_second"))},
+            hyperparameters=flags,
+            data=self.data_args.dataset_name or Path(self.tables["train"].path).name,
+            use=self.usage(),
+        )
+
+    def remembered(self) -> dict:
+        """The data flags that prediction needs again."""
+        kept = as_flags(self.data_args)
+        forgotten = [name for name in kept if name.endswith(("_file", "_samples", "_percentage")) or name.startswith("dataset_")]
+        return {name: value for name, value in kept.items() if name not in forgotten}
+
+    def _with_adapters(self, model):
+        require_extra("peft")
+        from peft import LoraConfig, get_peft_model
+
+        given = self.model_args
+        try:
+            return get_peft_model(
+                model,
+                LoraConfig(
+                    task_type=self.lora_task_type,
+                    r=given.lora_r,
+                    lora_alpha=given.lora_alpha,
+                    lora_dropout=given.lora_dropout,
+                    target_modules=given.lora_target_modules.split(","),
+                ),
+            )
+        except ValueError as error:
+            raise ValueError(f"lora_target_modules={given.lora_target_modules!r}: {error}") from None
+
+    def _table(self, split):
+        path = getattr(self.data_args, f"{split}_file")
+        if path:
+            return self.read(path)
+        if not self.data_args.dataset_name:
+            return None
+        return self.from_hub(load_hub(self.data_args.dataset_name, self.data_args.dataset_config_name, split), split)
+
+    def from_hub(self, table: Table | None, split: str) -> Table | None:
+        """What ``read`` makes of a file, of a data set's split."""
+        return table
+
+    def _config(self):
+        given = self.model_args
+        return AutoConfig.from_pretrained(given.config_name or given.model_name_or_path, **self._where())
+
+    def _where(self):
+        return {"cache_dir": self.model_args.cache_dir, "revision": self.model_args.model_revision}
+
+
+def task_class(name: str) -> type[FineTuning]:
+    """The class of a task by its name. Raises ValueError naming the tasks that there are."""
+    if name not in TASKS:
+        raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}")
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(importlib.import_module(f"roberta_fast.training.{module}"), attribute)
+
+
+def finetune(task: str, **flags) -> Result:
+    """Fine-tunes, evaluates and predicts, as ``roberta-fast finetune TASK`` with these flags does.
+
+    task: one of ``TASKS``. flags: those of ``ModelArguments``, of the task's data arguments and of ``FineTuningArguments``.
+    Raises DataError for what is wrong in a file, ValueError for a flag that does not exist or fit.
+    """
+    kind = task_class(task)
+    classes = (ModelArguments, kind.data_class, FineTuningArguments)
+    taken = [{f.name: flags.pop(f.name) for f in dataclasses.fields(c) if f.init and f.name in flags} for c in classes]
+    if flags:
+        raise ValueError(f"{', '.join(map(repr, flags))}: the task {task} has no such flag")
+    return kind(*(c(**values) for c, values in zip(classes, taken, strict=True))).run()
+
+
+def split_table(table: Table, percentage: int) -> tuple[Table, Table]:
+    """The table without ``percentage`` percent of its rows, drawn once and for all, and those rows."""
+    if not 0 < percentage < 100:
+        raise ValueError(f"validation_split_percentage={percentage} must lie between 1 and 99")
+    order = list(range(len(table)))
+    random.Random(0).shuffle(order)
+    count = max(1, len(order) * percentage // 100)
+    if count == len(order):
+        raise DataError(f"{table.path}: {len(order)} rows cannot be split")
+    return tuple(
+        Table(
+            table.path,
+            {name: [values[i] for i in rows] for name, values in table.columns.items()},
+            [table.lines[i] for i in rows],
+            table.where,
+        )
+        for rows in (sorted(order[count:]), sorted(order[:count]))
+    )
+
+
+def _training_flags(args):
+    """The training flags that a reader of the model card wants to know."""
+    names = (
+        "learning_rate",
+        "layer_lr_decay",
+        "num_train_epochs",
+        "max_steps",
+        "tokens_per_batch",
+        "gradient_accumulation_steps",
+        "warmup_steps",
+        "weight_decay",
+        "label_smoothing_factor",
+        "optim",
+        "lr_scheduler_type",
+        "bf16",
+        "fp16",
+        "seed",
+    )
+    values = {name: getattr(args, name) for name in names}
+    values["per_device_train_batch_size"] = None if args.tokens_per_batch else args.per_device_train_batch_size
+    values["max_steps"] = None if args.max_steps < 0 else args.max_steps
+    return {name: str(value) for name, value in values.items() if value is not None and value is not False}
