@@ -8,11 +8,8 @@ import sys
 COMMANDS = {
     "demo": ("roberta_fast.demo", "a real model on real text, stock and accelerated, side by side"),
     "convert": ("roberta_fast.fairseq", "a fairseq RoBERTa checkpoint into a Hugging Face model"),
-<<<<<<< HEAD
-    "pretrain": ("roberta_fast.training.pretraining.command", "RoBERTa from text: `prepare` tokenizes it, without it trains"),
-=======
     "finetune": ("roberta_fast.training.cli", "a model on a task: classification, ner, qa, translation, generation"),
->>>>>>> 6f41344e42f5525c95bdb4a6d349b17bdaf0045f
+    "pretrain": ("roberta_fast.training.pretraining.command", "RoBERTa from text: `prepare` tokenizes it, without it trains"),
     "bench": ("roberta_fast.benchmarks.encoder", "the encoder against its peers, in one run"),
 }
 

@@ -55,7 +55,7 @@ class CorpusArguments:
     _argument_group_name = "data"
 
     data: str | None = flag(None, "the folder that `roberta-fast pretrain prepare` has written")
-    verify_data: bool = flag(True, "compare the corpus with its checksums first; --no_verify_data: its sizes only")
+    verify_data: bool = flag(True, "compare the corpus with its checksums first; --no-verify-data: its sizes only")
     max_seq_length: int = flag(512, "tokens of a block, special ones included")
     attend_across_documents: bool = flag(False, "a token sees its whole block, not its own document alone")
     mlm_probability: float = flag(0.15, "share of tokens that are predicted")

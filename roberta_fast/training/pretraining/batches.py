@@ -128,7 +128,9 @@ class EvaluationBatches(Dataset):
 def _joined(parts: list[dict]) -> dict:
     """Micro-batches one after the other."""
     offsets = np.cumsum([0, *(int(part["cu_seq_lens_q"][-1]) for part in parts)])
-    bounds = torch.cat([parts[0]["cu_seq_lens_q"], *(p["cu_seq_lens_q"][1:] + int(o) for p, o in zip(parts[1:], offsets[1:], strict=False))])
+    bounds = torch.cat(
+        [parts[0]["cu_seq_lens_q"], *(p["cu_seq_lens_q"][1:] + int(o) for p, o in zip(parts[1:], offsets[1:], strict=False))]
+    )
     longest = max(part["max_length_q"] for part in parts)
     return {
         **{name: torch.cat([part[name] for part in parts], 1) for name in ("input_ids", "labels", "position_ids")},

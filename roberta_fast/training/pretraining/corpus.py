@@ -116,7 +116,9 @@ class Corpus:
         except OSError as error:
             raise CorpusError(f"{path} is missing: {error.strerror}") from None
         if found != wanted:
-            raise CorpusError(f"{path} has {found:,} bytes and should have {wanted:,}: it is {_damage(found, wanted)}; prepare again")
+            raise CorpusError(
+                f"{path} has {found:,} bytes and should have {wanted:,}: it is {_damage(found, wanted)}; prepare again"
+            )
         if verify:
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"][part]:

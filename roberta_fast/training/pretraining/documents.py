@@ -83,7 +83,10 @@ def _lines(path):
                     # A byte order mark belongs to no line.
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    yield number, Damage(str(path), number, f"no UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}")
+                    yield (
+                        number,
+                        Damage(str(path), number, f"no UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"),
+                    )
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             yield number + 1, Damage(str(path), number + 1, f"the compressed file ends here: {error}")
 

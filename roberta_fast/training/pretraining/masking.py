@@ -61,9 +61,7 @@ def masking_rule(
     if not len(ordinary):
         raise ValueError(f"the tokenizer {type(tokenizer).__name__} has special tokens only")
     shares = (probability, replaced, replaced + randomized)
-    return MaskingRule(
-        tuple(round(share * _WORDS) for share in shares), tokenizer.mask_token_id, ordinary, kinds, whole_words
-    )
+    return MaskingRule(tuple(round(share * _WORDS) for share in shares), tokenizer.mask_token_id, ordinary, kinds, whole_words)
 
 
 def continuing(tokens: list[str]) -> np.ndarray:

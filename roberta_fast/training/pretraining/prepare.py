@@ -76,7 +76,9 @@ def prepare(
                         yield split, item
 
         if vocab is None and tokenizer == "bpe":
-            lines = (line for split, item in documents() if split == "train" and isinstance(item, Document) for line in item.lines)
+            lines = (
+                line for split, item in documents() if split == "train" and isinstance(item, Document) for line in item.lines
+            )
             made = train_bpe(_counted(lines, "training the BPE", "lines", progress), vocab_size, max_length)
         else:
             made = load_tokenizer(None if vocab else tokenizer, vocab, merges, max_length)
