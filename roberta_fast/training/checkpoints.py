@@ -19,25 +19,26 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, ADAPTER_SA
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Gives the whole folder ``staged`` the name ``target`` at once, after its bytes have reached the disk; an older one goes.
-
-    ``checksums.json`` in it holds the SHA-256 of each file.
-    """
-    sums = {}
-    for file in sorted(staged.rglob("*")):
+    """Gives the whole folder ``staged`` the name ``target`` at once, after its bytes have reached the disk; an older one goes."""
+    for file in staged.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
-                sums[str(file.relative_to(staged))] = hashlib.file_digest(handle, "sha256").hexdigest()
                 os.fsync(handle.fileno())
-    with open(staged / CHECKSUMS, "w", encoding="utf-8") as handle:
-        json.dump(sums, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
     replaced = staged.with_name(f"{target.name}.replaced")
     if target.exists():
         target.rename(replaced)
     staged.rename(target)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the SHA-256 of each file in ``folder`` into its ``checksums.json``."""
+    sums = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                sums[str(file.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -54,7 +55,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 def damage_of(checkpoint: str | Path) -> str | None:
     """What is wrong with a checkpoint: a file that is missing or is not what was written; None where nothing is.
 
-    Of a checkpoint without ``checksums.json``, of stock Trainer say, only that it has weights and a readable trainer state is known.
+    A checkpoint without ``checksums.json``, of stock Trainer say, is only held to have weights and a readable trainer state.
     """
     checkpoint = Path(checkpoint)
     try:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints, seed_worker
 
 from roberta_fast.accelerate import accelerate_model
 from roberta_fast.training.batching import TokenBatchSampler
-from roberta_fast.training.checkpoints import STAGING, last_complete_checkpoint, publish
+from roberta_fast.training.checkpoints import STAGING, last_complete_checkpoint, publish, write_checksums
 from roberta_fast.training.throughput import Throughput, peak_flops
 
 TOKENS_PER_BATCH = 2048
@@ -241,6 +241,7 @@ class _FastTraining:
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            write_checksums(staging / name)
             publish(staging / name, folder / name)
             shutil.rmtree(staging, ignore_errors=True)
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)

@@ -7,6 +7,7 @@ the sentences of each document. Special tokens are in none of them.
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class SplitWriter:
-    """Writes the documents of one split, ``"train"`` say, into shards of about ``shard_tokens`` tokens; no document is divided."""
+    """Writes the documents of one split, ``"train"`` say, into shards of about ``shard_tokens`` tokens; none is divided."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
@@ -135,7 +136,7 @@ class Corpus:
         if stop <= self._starts[shard + 1]:
             return self._shards[shard][start - self._starts[shard] : stop - self._starts[shard]]
         bounds = [start, *self._starts[(self._starts > start) & (self._starts < stop)].tolist(), stop]
-        return np.concatenate([self.tokens(*pair) for pair in zip(bounds, bounds[1:], strict=False)])
+        return np.concatenate([self.tokens(*pair) for pair in itertools.pairwise(bounds)])
 
 
 def _damage(found, wanted):

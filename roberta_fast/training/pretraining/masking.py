@@ -1,4 +1,4 @@
-"""Dynamic masking as a function of (seed, epoch, index, position): no state, so that a resumed run draws what an unbroken one would.
+"""Dynamic masking as a function of (seed, epoch, index, position): no state, so that a resumed run draws as an unbroken one.
 
 One call of Philox4x32-10 (``ops/dropout.py``) with the seed as key and the counter (position, index's low word, epoch, index's
 high word) gives a token three 32-bit draws. The first selects it where it is below p * 2**32. By the second a selected token
@@ -67,8 +67,8 @@ def masking_rule(
 def continuing(tokens: list[str]) -> np.ndarray:
     """Which ``tokens`` of a vocabulary continue a word, bool [V].
 
-    WordPiece marks those that do, by ``##``; byte-level BPE and SentencePiece those that do not, by a space (``Ġ`` or ``▁``), so that
-    punctuation right behind a word belongs to it, as in fairseq. Raises ValueError for a vocabulary with neither mark.
+    WordPiece marks those that do, by ``##``; byte-level BPE and SentencePiece those that do not, by a space (``Ġ`` or ``▁``), and
+    there punctuation right behind a word belongs to it, as in fairseq. Raises ValueError for a vocabulary with neither mark.
     """
     if any(token.startswith("##") for token in tokens):
         return np.array([token.startswith("##") for token in tokens])
@@ -82,7 +82,7 @@ def continuing(tokens: list[str]) -> np.ndarray:
 def mask(ids: np.ndarray, rule: MaskingRule, seed: int, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     """(masked ids, labels) of a block: labels are the ids where the model is to predict them, and -100 elsewhere.
 
-    ids: int64 [N] with special tokens, left as they are. seed: in [0, 2**63). epoch: in [0, 2**32). index: which block, in [0, 2**63).
+    ids: int64 [N] with special tokens, not changed. seed and index, the block's number: in [0, 2**63). epoch: in [0, 2**32).
     Raises ValueError for an id outside of the vocabulary, or a seed or epoch outside of its range.
     """
     for name, value, bits in (("seed", seed, 63), ("epoch", epoch, 32), ("index", index, 63)):

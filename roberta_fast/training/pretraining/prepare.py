@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from roberta_fast.training.checkpoints import publish
 from roberta_fast.training.pretraining import corpus
 from roberta_fast.training.pretraining.documents import SEPARATORS, Damage, Document, read_dataset, read_file
 from roberta_fast.training.pretraining.vocabulary import (
@@ -159,21 +160,10 @@ class _Staging:
     def __exit__(self, kind, error, trace):
         try:
             if kind is None:
-                self._publish()
+                publish(self.folder, self.output)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
-
-    def _publish(self):
-        for file in self.folder.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        replaced = self.folder.with_name(f"{self.output.name}.replaced")
-        if self.output.exists():
-            self.output.rename(replaced)
-        self.folder.rename(self.output)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write(documents, writers, folder, report, validation_share, seed, processes, progress):
@@ -192,14 +182,11 @@ def _write(documents, writers, folder, report, validation_share, seed, processes
                 split = "validation"
             yield split, item
 
-    done = 0
-    bar = _bar("tokenizing", "B", progress)
-    for size, parts in _tokenized(_chunks(kept()), str(folder / corpus.TOKENIZER), processes):
-        for split, arrays in parts.items():
-            writers[split].add(*arrays)
-        done += size
-        bar.update(size)
-    bar.close()
+    with _bar("tokenizing", "B", progress) as bar:
+        for size, parts in _tokenized(_chunks(kept()), str(folder / corpus.TOKENIZER), processes):
+            for split, arrays in parts.items():
+                writers[split].add(*arrays)
+            bar.update(size)
     return {"bytes": bytes_read, "damaged": damaged}
 
 
@@ -268,11 +255,10 @@ def _bar(description, unit, shown):
 
 
 def _counted(items, description, unit, shown):
-    bar = _bar(description, unit, shown)
-    for item in items:
-        yield item
-        bar.update()
-    bar.close()
+    with _bar(description, unit, shown) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def run(argv: list[str]) -> int:

@@ -34,9 +34,9 @@ ROBERTA = {
 }
 ROBERTA_LARGE = {**ROBERTA, "learning_rate": 4e-4, "warmup_steps": 30_000}
 
-# MosaicBERT (Portes et al. 2023, https://arxiv.org/abs/2312.17482): 30% masked, no dropout in attention, 6% warm-up, decay to 2%,
-# batches of 4096. Trapezoidal learning rate with a 1-sqrt decay, and no decay of biases and norms: ModernBERT (Warner et al. 2024,
-# https://arxiv.org/abs/2412.13663). How long to train is the user's choice.
+# 30% masked, no dropout in attention, 6% warm-up, decay to 2%, batches of 4096: MosaicBERT (Portes et al. 2023,
+# https://arxiv.org/abs/2312.17482). A trapezoidal learning rate with a 1-sqrt decay, no decay of biases and norms: ModernBERT
+# (Warner et al. 2024, https://arxiv.org/abs/2412.13663). How long to train is the user's choice.
 MODERN = {
     "learning_rate": 5e-4,
     "warmup_steps": 0.06,
@@ -83,8 +83,8 @@ def config_of(
     """The config of a model to be trained from scratch.
 
     name: one of ``SIZES``, or a folder or name on the Hub whose shape is taken. overrides: ``"hidden_size=192,..."``, fields that
-    the config has. specials: the tokenizer's ``bos``, ``eos`` and ``pad`` ids. settings: fields that take precedence over the shape,
-    None for those that do not. Raises ValueError naming a config that cannot be had, or a field that cannot be set.
+    the config has. specials: the tokenizer's ``bos``, ``eos`` and ``pad`` ids. settings: other fields, None where the shape's own
+    are to stay. Raises ValueError naming a config that cannot be had, or a field that cannot be set.
     """
     if name in SIZES:
         layers, width = SIZES[name]
@@ -116,7 +116,8 @@ def config_of(
             raise ValueError(f"--config_overrides {overrides!r}: {error}") from None
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"hidden_size={config.hidden_size} is no multiple of num_attention_heads={config.num_attention_heads} (--config_overrides)"
+            f"--config_overrides: hidden_size={config.hidden_size} is no multiple of "
+            f"num_attention_heads={config.num_attention_heads}"
         )
     return config
 

@@ -114,7 +114,7 @@ def _check_fit(config, tokenizer, max_seq_length):
 def batches_of(
     data: CorpusArguments, args: PretrainingArguments, tokenizer: PreTrainedTokenizerBase, position: int
 ) -> tuple[TrainingBatches, EvaluationBatches | None]:
-    """The micro-batches to train on, which set ``args.max_steps`` where epochs are asked for, and those to evaluate on, if any."""
+    """The micro-batches to train on, and those to evaluate on, if any; sets ``args.max_steps`` where epochs are asked for."""
     shares = (data.mlm_probability, data.mask_replace_prob, data.random_replace_prob)
     rule = masking_rule(tokenizer, *shares, whole_words=data.whole_word_mask)
 
@@ -191,10 +191,11 @@ def _summary(model, index, args, batches):
     parameters = sum(p.numel() for p in model.parameters())
     blocks = ", ".join(f"{len(r):,} of {s.length}" for r, s in zip(batches.readers, batches.schedule.stages, strict=True))
     return (
-        f"{type(model).__name__}: {parameters:,} parameters, {model.config.num_hidden_layers} layers × {model.config.hidden_size}\n"
+        f"{type(model).__name__}: {parameters:,} parameters, {model.config.num_hidden_layers} layers × "
+        f"{model.config.hidden_size}\n"
         f"corpus: {split['tokens']:,} tokens in {split['documents']:,} documents; blocks: {blocks}\n"
         f"unigram entropy: {split['unigram_entropy']:.4f} nats, the loss of knowing how often each token is\n"
-        f"a step: {args.global_batch_size} blocks, {args.world_size} processes × {args.gradient_accumulation_steps} micro-batches; "
+        f"a step: {args.global_batch_size} blocks, {args.world_size} × {args.gradient_accumulation_steps} micro-batches; "
         f"{args.max_steps:,} steps, {batches.epoch(args.max_steps):.2f} passes over the corpus"
     )
 

@@ -53,7 +53,7 @@ class StepSchedule:
             raise ValueError(f"batch_size_warmup_steps={warmup_steps} must be 0 or more")
         if not parts <= first <= global_batch_size:
             raise ValueError(
-                f"a step has {parts} micro-batches (processes × gradient accumulation), and {first} to {global_batch_size} blocks: "
+                f"a step has {parts} micro-batches (processes × accumulation), and {first} to {global_batch_size} blocks: "
                 f"the least must be at least {parts}, and at most the most"
             )
         self.stages, self.parts = stages, parts
@@ -89,7 +89,7 @@ class StepSchedule:
         return stage, start + size * part // self.parts, start + size * (part + 1) // self.parts
 
     def steps_for(self, epochs: float, stage_blocks: list[int]) -> int:
-        """The steps that see the corpus ``epochs`` times, stages by their share of it; stage_blocks: blocks of each stage's packing."""
+        """The steps that see the corpus ``epochs`` times; stage_blocks: how many blocks it is in each stage."""
         seen, step = 0.0, 0
         for number, blocks in enumerate(stage_blocks):
             last = self.stages[number + 1].first_step if number + 1 < len(self.stages) else None

@@ -81,8 +81,8 @@ class PretrainingArguments(TrainingArguments):
 class PretrainingTrainer(FastTrainer):
     """``FastTrainer`` for masked-language models.
 
-    train_dataset: ``TrainingBatches``, eval_dataset: ``EvaluationBatches``: data sets of whole micro-batches. The loss is the mean
-    over all predicted tokens of a step, whatever it is divided into; the log has the passes over the corpus as ``corpus_epoch``.
+    train_dataset: ``TrainingBatches``, eval_dataset: ``EvaluationBatches``, of whole micro-batches. The loss is the mean over all
+    predicted tokens of a step, whatever it is divided into; the log has the passes over the corpus as ``corpus_epoch``.
     """
 
     def get_train_dataloader(self) -> DataLoader:

@@ -12,9 +12,10 @@ MASK = "<mask>"
 
 
 def train_bpe(lines: Iterable[str], vocab_size: int, max_length: int = 512) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of at most ``vocab_size`` tokens in RoBERTa's layout: ``<s> <pad> </s> <unk>`` are 0 to 3, ``<mask>`` the last.
+    """A byte-level BPE of at most ``vocab_size`` tokens in RoBERTa's layout.
 
-    Merges that occur once are not made, so small texts give fewer tokens. max_length: tokens of a text, specials included.
+    ``<s> <pad> </s> <unk>`` are 0 to 3, ``<mask>`` is the last. Merges that occur once are not made, so small
+    texts give fewer tokens. max_length: tokens of a text, specials included.
     Raises ValueError for a vocabulary without room for the 256 bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
