@@ -102,8 +102,9 @@ def mask_ref(ids: np.ndarray, rule: MaskingRule, seed: int, epoch: int, index: i
     wrong = (ids < 0) | (ids >= len(rule.kinds))
     if wrong.any():
         raise ValueError(f"id {ids[wrong][0]} is outside of the vocabulary of {len(rule.kinds)}")
-    low, high = np.int64(index & 0xFFFFFFFF), np.int64(index >> 32)
-    select, kind, replacement, _ = philox(seed, (np.arange(len(ids)), low, np.int64(epoch), high))
+    # Arrays, as numpy warns where a product of scalars wraps.
+    low, high, epoch = (np.array([word]) for word in (index & 0xFFFFFFFF, index >> 32, epoch))
+    select, kind, replacement, _ = philox(seed, (np.arange(len(ids)), low, epoch, high))
     special = rule.kinds[ids] & SPECIAL != 0
     leads = ~special
     if rule.whole_words:
