@@ -48,6 +48,15 @@ def checkpoint():
     return str(Path(spec.origin).parent / "model")
 
 
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real data that stands beside the repository, or where ROBERTA_FAST_DATA says."""
+    folder = Path(os.environ.get("ROBERTA_FAST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"the data is not there: {folder} (ROBERTA_FAST_DATA)")
+    return folder
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run tests marked slow as well")
 
