@@ -1,6 +1,7 @@
-"""`roberta-fast pretrain prepare`: every format, damaged lines, the same bytes by any number of processes, whole or not at all."""
+"""`roberta-fast pretrain prepare`: formats, damaged lines, the same bytes by any number of processes, whole or not at all."""
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -115,7 +116,7 @@ def test_a_corpus_holds_the_text(text, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "corpus" / "tokenizer"))
     assert corpus.documents.tolist() == [2, 1, 1]
     bounds = np.cumsum([0, *corpus.sentences])
-    decoded = [tokenizer.decode(corpus.tokens(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    decoded = [tokenizer.decode(corpus.tokens(a, b)) for a, b in itertools.pairwise(bounds)]
     # Behind a document's first line there is a space, as in running text.
     assert decoded == ["The first line.", " Its second.", "Another document, été 中文.", "A third one."]
     counts = np.bincount(corpus.tokens(0, len(corpus)))
@@ -214,7 +215,7 @@ def test_equal_documents_go_to_the_same_split(tmp_path):
     texts = []
     for corpus in splits:
         bounds = np.cumsum([0, *corpus.sentences])
-        texts.append({tuple(corpus.tokens(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)})
+        texts.append({tuple(corpus.tokens(a, b)) for a, b in itertools.pairwise(bounds)})
     assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 50
 
 
