@@ -35,7 +35,7 @@ def write_checksums(folder: Path) -> None:
     """Writes the SHA-256 of each file in ``folder`` into its ``checksums.json``."""
     sums = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file():
+        if file.is_file() and file.name != CHECKSUMS:
             with open(file, "rb") as handle:
                 sums[str(file.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")

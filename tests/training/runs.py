@@ -1,6 +1,10 @@
 """What the tests of pretraining share: real text that every Python brings along, a tiny model, runs in their own processes."""
 
 import multiprocessing
+import os
+import resource
+import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -41,9 +45,9 @@ def command(data: Path, output: Path, **flags) -> list[str]:
     return ["pretrain", *(str(part) for name, value in flags.items() if value is not None for part in (f"--{name}", value))]
 
 
-def start(argv: list[str], log: Path, file_limit: int | None = None):
+def start(argv: list[str], log: Path, file_limit: int | None = None, environment: dict[str, str] | None = None):
     """A process that runs ``roberta-fast`` with these arguments; its output goes to ``log``. file_limit: bytes of a file."""
-    process = FORKSERVER.Process(target=_run, args=(argv, log, file_limit))
+    process = FORKSERVER.Process(target=_run, args=(argv, log, file_limit, environment or {}))
     process.start()
     return process
 
@@ -56,11 +60,27 @@ def finish(argv: list[str], log: Path, **kwargs) -> str:
     return log.read_text()
 
 
-def _run(argv, log, file_limit):
-    import os
-    import resource
-    import signal
+def finish_ranks(argv: list[str], log: Path, ranks: int = 2) -> None:
+    """As ``torchrun`` starts them: one process a rank, which find each other by the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    logs = [log.with_name(f"{log.name}.{rank}") for rank in range(ranks)]
+    processes = [
+        start(argv, logs[rank], environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)
+    ]
+    try:
+        for process, said in zip(processes, logs, strict=True):
+            process.join(240)
+            assert process.exitcode == 0, said.read_text()
+    finally:
+        for process in processes:
+            process.kill()
 
+
+def _run(argv, log, file_limit, environment):
+    os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

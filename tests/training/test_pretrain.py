@@ -169,8 +169,9 @@ def test_steps_for_epochs(epochs):
 def test_it_learns_and_stock_hugging_face_loads_it(corpus, tmp_path, capsys):
     """On real text, in blocks so short that a tiny model learns in seconds: well under the unigram entropy, on other text too."""
     output = tmp_path / "model"
-    flags = {"max_seq_length": 8, "per_device_train_batch_size": 64, "max_steps": 300, "warmup_steps": 30, "logging_steps": 100}
-    flags |= {"config_overrides": f"{TINY},num_hidden_layers=1,num_attention_heads=4", "learning_rate": 4e-3, "adam_beta2": 0.98}
+    flags = {"max_seq_length": 8, "per_device_train_batch_size": 96, "max_steps": 300, "warmup_steps": 30, "logging_steps": 100}
+    flags |= {"config_overrides": f"{TINY},num_hidden_layers=1,num_attention_heads=4,intermediate_size=256"}
+    flags |= {"learning_rate": 4e-3, "lr_scheduler_type": "constant_with_warmup", "adam_beta2": 0.98}
     assert main(command(corpus, output, report_to="tensorboard", mask_replace_prob=0.9, **flags, **NO_DROPOUT)) == 0
     entropy = read_index(corpus)["splits"]["train"]["unigram_entropy"]
     assert f"unigram entropy: {entropy:.4f} nats" in capsys.readouterr().out
