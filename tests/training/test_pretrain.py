@@ -4,6 +4,8 @@ import copy
 import itertools
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,25 @@ def test_warm_up_of_lengths_and_batches(corpus, tmp_path):
         assert batch["max_length_q"] <= sizes[number // 4][0]
     shares = np.cumsum([size / len(batches.readers[schedule.stage(step)]) for step, (_, size) in enumerate(sizes)])
     assert [batches.epoch(step) for step in (1, 6, 30)] == pytest.approx([shares[0], shares[5], shares[29]])
+
+
+def documented():
+    """The commands of the documentation."""
+    page = (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
+    lines = [line for block in re.findall(r"^```\n(.*?)^```", page, re.M | re.S) for line in block.splitlines()]
+    return [shlex.split(line.partition("roberta-fast ")[2]) for line in lines if "roberta-fast pretrain" in line]
+
+
+def test_documented_commands_have_flags_that_exist(tmp_path, monkeypatch, capsys):
+    """Run where there is no data, each gets as far as to say so."""
+    monkeypatch.chdir(tmp_path)
+    assert len(documented()) >= 4
+    for argv in documented():
+        # The machine may have no such number format; that is not what is asked here.
+        argv = [part for i, part in enumerate(argv) if part != "--bf16" and argv[i - 1] != "--bf16"]
+        assert main(argv) == 1
+        said = capsys.readouterr().err
+        assert "corpus holds no index.json" in said or "'text/*.txt' is no file" in said, said
 
 
 @pytest.mark.parametrize("epochs", [0.3, 1.0, 2.5])
