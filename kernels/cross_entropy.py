@@ -62,7 +62,7 @@ def cross_entropy_fwd(
     n, classes = logits.shape
     losses = logits.new_empty(n, dtype=torch.float32)
     if n:
-        block = min(4096, triton.next_power_of_2(classes))
+        block = min(2048, triton.next_power_of_2(classes))
         cross_entropy_fwd_kernel[(n,)](
             logits, labels, losses, classes, logits.stride(0), ignore_index, label_smoothing,
             WITH_GRADIENT=with_gradient, BLOCK_V=block, num_warps=max(1, min(8, block // 256)),

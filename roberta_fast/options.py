@@ -27,6 +27,8 @@ class FastOptions:
     precision: None computes in the model's own; ``"int8"`` makes 8-bit copies of the layers' linear weights when
         ``accelerate_model`` is called, and computes with them in inference on CPU. ``train()``, ``load_state_dict`` and a change
         of dtype or device drop the copies; calls that record gradients do without them. See docs/int8.md.
+    fuse_mlm_head: a masked language model in training mode that is given labels computes its head and loss from the labelled rows
+        alone, and its ``outputs.logits`` is None; False leaves both as they are.
     Raises ValueError for any other value.
     """
 
@@ -35,12 +37,14 @@ class FastOptions:
     on_unsupported: str = "warn"
     deterministic: bool = False
     precision: str | None = None
+    fuse_mlm_head: bool = True
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is not one of {BACKENDS}")
-        if not isinstance(self.deterministic, bool):
-            raise ValueError(f"deterministic={self.deterministic!r} is not True or False")
+        for name in ("deterministic", "fuse_mlm_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not True or False")
         if self.unpad not in UNPAD:
             raise ValueError(f"unpad={self.unpad!r} is not one of {UNPAD}")
         if self.on_unsupported not in ON_UNSUPPORTED:
