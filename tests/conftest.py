@@ -50,11 +50,37 @@ def checkpoint():
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real data that stands beside the repository, or where ROBERTA_FAST_DATA says."""
-    folder = Path(os.environ.get("ROBERTA_FAST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    """The folder of real data beside the repository, or the one that ROBERTA_FAST_DATA names."""
+    folder = Path(os.environ.get("ROBERTA_FAST_DATA") or Path(__file__).parents[2] / "shared/data")
     if not folder.is_dir():
-        pytest.skip(f"the data is not there: {folder} (ROBERTA_FAST_DATA)")
+        pytest.skip(f"no real data: {folder} is no folder, and ROBERTA_FAST_DATA names none")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """The folder of a RoBERTa with two layers of 32 and a byte-level BPE, learned from the tasks' own sentences."""
+    from tiny_tasks import SENTENCES
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    from roberta_fast.training.translation import byte_level_bpe
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = byte_level_bpe(SENTENCES, 500)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=130,
+        type_vocab_size=1,
+        initializer_range=0.1,
+    )
+    RobertaForMaskedLM(config).save_pretrained(folder)
+    return str(folder)
 
 
 def pytest_addoption(parser):

@@ -3,13 +3,21 @@
 import importlib
 
 _HOMES = {
+    "Classification": "classification",
     "DataError": "data",
     "FastSeq2SeqTrainer": "trainer",
     "FastSeq2SeqTrainingArguments": "trainer",
     "FastTrainer": "trainer",
     "FastTrainingArguments": "trainer",
+    "FineTuningArguments": "fine_tuning",
+    "Generation": "generation",
+    "Ner": "ner",
     "NotFiniteError": "trainer",
+    "QuestionAnswering": "qa",
     "TokenBatchSampler": "batching",
+    "Translation": "translation",
+    "finetune": "fine_tuning",
+    "predict": "fine_tuning",
 }
 __all__ = sorted(_HOMES)
 

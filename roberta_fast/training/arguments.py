@@ -137,7 +137,9 @@ class TranslationArguments(DataArguments):
     target_lang: str = flag("de", "target language")
     decoder_name_or_path: str | None = flag(None, "checkpoint that the decoder starts from; default: the encoder's")
     decoder_tokenizer_name: str | None = flag(None, "tokenizer of the target language; default: that of the source")
-    tie_encoder_decoder: bool = flag(False, "one set of parameters for both halves")
+    decoder_vocab_size: int = flag(
+        0, "learn a byte-level BPE of this size from the target sentences; 0: use a tokenizer that exists"
+    )
     max_source_length: int = flag(128, "tokens of a source sentence; what is longer is cut")
     max_target_length: int = flag(128, "tokens of a target sentence, in training and in generation")
     num_beams: int = flag(4, "beams of the search, in evaluation and prediction")

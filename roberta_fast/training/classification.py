@@ -10,8 +10,8 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from roberta_fast.training import report
 from roberta_fast.training.arguments import ClassificationArguments, require_extra
-from roberta_fast.training.data import DataError, Table, read_table
-from roberta_fast.training.finetune import FineTuning
+from roberta_fast.training.data import DataError, Table, read_lines, read_table
+from roberta_fast.training.fine_tuning import FineTuning
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # The text columns of GLUE's tasks and of data sets like them.
@@ -38,7 +38,10 @@ class Classification(FineTuning):
     data_class = ClassificationArguments
     metric = "accuracy"
 
-    def read(self, path: str) -> Table:
+    def read(self, path: str, split: str) -> Table:
+        if split == "test" and Path(path).suffix.lower() == ".txt":
+            lines = read_lines(path)
+            return Table(path, {self.data_args.text_column_names or "text": lines.column("text")}, lines.lines)
         return read_table(path)
 
     def prepare(self) -> None:
@@ -61,9 +64,9 @@ class Classification(FineTuning):
         self.metric = {SINGLE: "accuracy", MULTI: "f1_micro", REGRESSION: "pearson"}[self.problem_type]
 
     def _is_labelled(self, split, table):
-        return split != "test" or (
-            self.label_column in table.columns and all(v is not None for v in table.column(self.label_column))
-        )
+        if split != "test":
+            return True
+        return self.score_test and all(value not in (None, "") for value in table.columns.get(self.label_column, [None]))
 
     def _text_columns(self, table):
         if self.data_args.text_column_names:
@@ -157,7 +160,7 @@ class Classification(FineTuning):
         jieba.setLogLevel("WARNING")
         return [" ".join(jieba.cut(text)) for text in texts]
 
-    def collator(self):
+    def collator(self, model: PreTrainedModel):
         return DataCollatorWithPadding(self.tokenizer)
 
     def trainer_options(self) -> dict:

@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
         argv[1:],
         arguments.ModelArguments,
         data_class,
-        training="roberta_fast.training.finetune:FineTuningArguments",
+        training="roberta_fast.training.fine_tuning:FineTuningArguments",
     )
     return report_errors(f"finetune {task}", lambda: _run(task, model_args, data_args, args))
 
@@ -52,7 +52,7 @@ def report_errors(command: str, action) -> int:
 
 
 def _run(task, model_args, data_args, args):
-    finetune = importlib.import_module("roberta_fast.training.finetune")
+    finetune = importlib.import_module("roberta_fast.training.fine_tuning")
     result = finetune.task_class(task)(model_args, data_args, args).run()
     scores = {name: value for name, value in result.metrics.items() if name.startswith(("eval_", "test_"))}
     for name, value in scores.items():

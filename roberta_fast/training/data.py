@@ -139,11 +139,12 @@ def _json(path, text, line=None) -> Any:
         raise DataError(f"{path}, line {line or error.lineno}: no json: {error.msg}") from None
 
 
-def read_conll(path: str | Path, token_column: int = 0, tag_column: int = -1) -> Table:
+def read_conll(path: str | Path, token_column: int = 0, tag_column: int | None = -1) -> Table:
     """Sentences of a CoNLL file: one token a line, its columns divided by tabs or spaces, an empty line behind each sentence.
 
     Where a line has tabs, they alone divide it, and its token may be empty, as invisible characters have made it in real files.
-    The columns ``tokens`` and ``tags`` hold lists; ``lines`` the line of each sentence's first token.
+    The columns ``tokens`` and ``tags`` hold lists, ``tags`` only where tag_column is not None; ``lines`` the line of each
+    sentence's first token.
     """
     tokens, tags, lines = [], [], []
     ends = True
@@ -152,7 +153,7 @@ def read_conll(path: str | Path, token_column: int = 0, tag_column: int = -1) ->
         if fields in ([""], ["", ""]) or fields[0] == "-DOCSTART-":
             ends = True
             continue
-        if len(fields) < 2:
+        if len(fields) < 2 and tag_column is not None:
             raise DataError(f"{path}, line {number}: a token without a tag: {fields[0]!r}")
         if ends:
             tokens.append([])
@@ -161,13 +162,14 @@ def read_conll(path: str | Path, token_column: int = 0, tag_column: int = -1) ->
         ends = False
         try:
             tokens[-1].append(fields[token_column])
-            tags[-1].append(fields[tag_column])
+            tags[-1].append(fields[tag_column] if tag_column is not None else None)
         except IndexError:
             reason = f"{len(fields)} columns, but column {token_column} or {tag_column} is asked for"
             raise DataError(f"{path}, line {number}: {reason}") from None
     if not lines:
         raise DataError(f"{path}: there is no sentence")
-    return Table(str(path), {"tokens": tokens, "tags": tags}, lines)
+    columns = {"tokens": tokens} if tag_column is None else {"tokens": tokens, "tags": tags}
+    return Table(str(path), columns, lines)
 
 
 def read_squad(path: str | Path) -> Iterator[dict]:
@@ -254,6 +256,9 @@ def load_hub(name: str, config: str | None, split: str) -> Table | None:
         raise DataError(f"data set {name!r}: {error}") from None
     columns = {column: list(loaded[column]) for column in loaded.column_names}
     for column, feature in loaded.features.items():
+        inner = getattr(feature, "feature", None)
         if isinstance(feature, datasets.ClassLabel):
             columns[column] = [None if value < 0 else feature.int2str(value) for value in columns[column]]
+        elif isinstance(inner, datasets.ClassLabel):
+            columns[column] = [[inner.int2str(value) for value in values] for values in columns[column]]
     return Table(f"{name}[{split}]", columns, range(1, len(loaded) + 1), "row")

@@ -78,6 +78,7 @@ class FastTrainingArguments(TrainingArguments):
         if self.seeds and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
             raise ValueError(f"seeds={self.seeds!r} must be integers with commas between them, such as 1,2,3")
         self.per_device_train_batch_size = self.per_device_train_batch_size or 32
+        self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()
 
 
@@ -185,7 +186,7 @@ class _FastTraining:
         super().store_flos()
 
     def _compute_dtype(self):
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else next(self.model.parameters()).dtype
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with real tokens a second and model FLOPs utilization since the last line."""

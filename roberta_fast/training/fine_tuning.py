@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import random
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,9 +67,14 @@ class FineTuning:
     trainer_class: type[FastTrainer] = FastTrainer
     greater_is_better = True
 
-    def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: FineTuningArguments):
-        """Reads and checks all data and loads the tokenizer. Raises DataError or ValueError before anything is trained."""
-        self.model_args, self.data_args, self.args = model_args, data_args, args
+    def __init__(
+        self, model_args: ModelArguments, data_args: DataArguments, args: FineTuningArguments, *, score_test: bool = True
+    ):
+        """Reads and checks all data and loads the tokenizer. Raises DataError or ValueError before anything is trained.
+
+        score_test: whether labels of the test data, where it has any, are checked and measured.
+        """
+        self.model_args, self.data_args, self.args, self.score_test = model_args, data_args, args, score_test
         if not (model_args.model_name_or_path or model_args.config_name):
             raise ValueError("model_name_or_path is needed, or config_name to start from random parameters")
         wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
@@ -94,8 +100,8 @@ class FineTuning:
 
     # What a subclass says.
 
-    def read(self, path: str) -> Table:
-        """The examples of a file."""
+    def read(self, path: str, split: str) -> Table:
+        """The examples of a file; those of the split ``"test"`` may lack labels."""
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -109,7 +115,7 @@ class FineTuning:
         """The examples as a ``datasets.Dataset`` of what the model takes."""
         raise NotImplementedError
 
-    def collator(self):
+    def collator(self, model: PreTrainedModel):
         """Makes batches of them."""
         raise NotImplementedError
 
@@ -127,6 +133,9 @@ class FineTuning:
     def trainer_options(self) -> dict:
         """More arguments of the trainer."""
         return {}
+
+    def save_more(self, folder: Path) -> None:
+        """What the saved model needs beside itself and its tokenizer."""
 
     def usage(self) -> str:
         """The model card's snippet."""
@@ -146,6 +155,10 @@ class FineTuning:
         if not self.model_args.model_name_or_path:
             return auto_class.from_config(self.config)
         return auto_class.from_pretrained(self.model_args.model_name_or_path, config=self.config, **options, **self._where())
+
+    def processing_class(self):
+        """What the trainer saves beside the model, and takes the special tokens of its config from."""
+        return self.tokenizer
 
     def check_length(self, length: int, argument: str) -> None:
         """Raises ValueError where the model has fewer positions."""
@@ -197,14 +210,13 @@ class FineTuning:
                 trainer.model.save_pretrained(folder / "adapter")
                 trainer.model = trainer.model.merge_and_unload()
             trainer.save_model(str(folder))
+            self.save_more(folder)
         predictions = []
         if "validation" in encoded:
-            metrics |= self._evaluate(trainer, encoded["validation"], folder)
+            metrics |= self.evaluate(trainer, encoded["validation"], folder)
         if "test" in encoded:
-            output = self._predict(trainer, encoded["test"], self.tables["test"], "test")
-            if output.label_ids is not None:
-                metrics |= output.metrics
-            predictions = list(self.predictions_of(output, self.tables["test"]))
+            found, predictions = self.predict(trainer, encoded["test"])
+            metrics |= found
             lines = [json.dumps(row, ensure_ascii=False, default=str) for row in predictions]
             report.write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
         if trainer.is_world_process_zero():
@@ -221,15 +233,18 @@ class FineTuning:
         return self.trainer_class(
             model,
             args,
-            self.collator(),
+            self.collator(model),
             encoded.get("train"),
             encoded.get("validation"),
-            processing_class=self.tokenizer,
-            compute_metrics=lambda prediction: self.metrics_of(prediction, self._evaluated),
+            processing_class=self.processing_class(),
+            compute_metrics=None if args.prediction_loss_only else self._metrics_now,
             callbacks=[EarlyStoppingCallback(args.early_stopping_patience)] if stopping else None,
             fast=self.model_args.fast,
             **self.trainer_options(),
         )
+
+    def _metrics_now(self, prediction):
+        return self.metrics_of(prediction, self._evaluated)
 
     def _predict(self, trainer, dataset, table, prefix):
         before, self._evaluated = self._evaluated, table
@@ -238,7 +253,14 @@ class FineTuning:
         finally:
             self._evaluated = before
 
-    def _evaluate(self, trainer, dataset, folder):
+    def predict(self, trainer: FastTrainer, dataset) -> tuple[dict[str, float], list[dict]]:
+        """(metrics where the test data has labels, what is predicted for each of its rows)."""
+        table = self.tables["test"]
+        output = self._predict(trainer, dataset, table, "test")
+        return output.metrics if output.label_ids is not None else {}, list(self.predictions_of(output, table))
+
+    def evaluate(self, trainer: FastTrainer, dataset, folder: Path) -> dict[str, float]:
+        """The metrics of the validation data; writes the report on it."""
         output = self._predict(trainer, dataset, self.tables["validation"], "eval")
         if trainer.is_world_process_zero():
             self.write_report(folder, output, self.tables["validation"])
@@ -291,7 +313,7 @@ class FineTuning:
     def _table(self, split):
         path = getattr(self.data_args, f"{split}_file")
         if path:
-            return self.read(path)
+            return self.read(path, split)
         if not self.data_args.dataset_name:
             return None
         return self.from_hub(load_hub(self.data_args.dataset_name, self.data_args.dataset_config_name, split), split)
@@ -316,18 +338,38 @@ def task_class(name: str) -> type[FineTuning]:
     return getattr(importlib.import_module(f"roberta_fast.training.{module}"), attribute)
 
 
+def predict(folder: str | Path, file: str | Path, *, fast: bool = True, **flags) -> list[dict]:
+    """What the fine-tuned model in ``folder`` predicts for each row of ``file``, by the settings that it was trained with.
+
+    fast: on the accelerated encoder. flags: those of the task's data arguments, to change a setting, and of FineTuningArguments.
+    Raises ValueError where ``folder`` holds no model of ``finetune``, DataError for what is wrong in ``file``.
+    """
+    settings = Path(folder) / SETTINGS
+    if not settings.is_file():
+        raise ValueError(f"{str(folder)!r} holds no model of roberta-fast finetune: there is no {SETTINGS}")
+    remembered = json.loads(settings.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = {**remembered["data"], "report_to": "none", **flags, "test_file": str(file), "do_predict": True}
+        chosen = {"model_name_or_path": str(folder), "fast": fast, "output_dir": scratch}
+        return _task(remembered["task"], {**flags, **chosen}, score_test=False).run().predictions
+
+
 def finetune(task: str, **flags) -> Result:
     """Fine-tunes, evaluates and predicts, as ``roberta-fast finetune TASK`` with these flags does.
 
     task: one of ``TASKS``. flags: those of ``ModelArguments``, of the task's data arguments and of ``FineTuningArguments``.
     Raises DataError for what is wrong in a file, ValueError for a flag that does not exist or fit.
     """
-    kind = task_class(task)
+    return _task(task, flags).run()
+
+
+def _task(task, flags, **options):
+    kind, flags = task_class(task), dict(flags)
     classes = (ModelArguments, kind.data_class, FineTuningArguments)
     taken = [{f.name: flags.pop(f.name) for f in dataclasses.fields(c) if f.init and f.name in flags} for c in classes]
     if flags:
         raise ValueError(f"{', '.join(map(repr, flags))}: the task {task} has no such flag")
-    return kind(*(c(**values) for c, values in zip(classes, taken, strict=True))).run()
+    return kind(*(c(**values) for c, values in zip(classes, taken, strict=True)), **options)
 
 
 def split_table(table: Table, percentage: int) -> tuple[Table, Table]:
