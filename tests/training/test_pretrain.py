@@ -220,8 +220,9 @@ def test_it_learns_and_stock_hugging_face_loads_it(corpus, tmp_path, capsys):
     assert F.cross_entropy(logits, wanted) < entropy - 0.4
     most_frequent = np.bincount(tokens).max() / len(tokens)
     assert (logits.argmax(-1) == wanted).float().mean() > 1.25 * most_frequent
-    (filled, *_) = pipeline("fill-mask", str(output), device=-1)(f"the val{tokenizer.mask_token}e")
-    assert filled["sequence"].startswith("the val")
+    (filled, *_) = pipeline("fill-mask", str(output), device=-1)(f"val{tokenizer.mask_token}e")
+    assert filled["sequence"].startswith("val") and filled["sequence"].endswith("e")
+    assert tokenizer.model_max_length == 8
 
 
 def test_the_loss_is_the_mean_over_a_steps_predictions(corpus, tmp_path):

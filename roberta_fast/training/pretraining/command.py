@@ -13,8 +13,6 @@ DESCRIPTION = """Trains a masked-language model on a corpus that `roberta-fast p
 def run(argv: list[str]) -> int:
     """Runs the command. Returns 0 with the output folder written, 1 with a reason in one line, 2 for wrong flags."""
     if argv[:1] == ["prepare"]:
-        if not {"-h", "--help"} & set(argv):
-            arguments.require_extra("tokenizers", "tqdm")
         from roberta_fast.training.pretraining import prepare
 
         return prepare.run(argv[1:])

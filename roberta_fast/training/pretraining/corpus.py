@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -162,8 +161,3 @@ def write_index(folder: Path, vocab_size: int, splits: dict[str, dict], **facts)
     """Writes ``index.json``; facts: what else it is to say."""
     index = {"format": FORMAT, "version": VERSION, "dtype": token_dtype(vocab_size).str, "vocab_size": vocab_size}
     (folder / INDEX).write_text(json.dumps({**index, **facts, "splits": splits}, indent=1) + "\n", encoding="utf-8")
-
-
-def joined(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """The arrays one after the other, of ``dtype`` even where there are none."""
-    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)

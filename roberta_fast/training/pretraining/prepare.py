@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from roberta_fast.training import arguments
 from roberta_fast.training.checkpoints import publish
 from roberta_fast.training.pretraining import corpus
 from roberta_fast.training.pretraining.documents import SEPARATORS, Damage, Document, read_dataset, read_file
@@ -284,6 +285,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the corpus that is there")
     a = parser.parse_args(argv)
+    arguments.require_extra("tokenizers", "tqdm")
+    if a.dataset_name:
+        arguments.require_extra("datasets")
+    if any(".parquet" in path.suffixes for path in (*a.input, *a.validation_files)):
+        arguments.require_extra("pyarrow")
     try:
         index = prepare(
             a.output,

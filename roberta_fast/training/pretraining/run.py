@@ -30,6 +30,7 @@ from roberta_fast.training.pretraining.vocabulary import fingerprint, load_token
 
 # What a run must have in common with the one that it resumes, for both to see the same data.
 SETTINGS = "pretrain.json"
+_DATA_FLAGS = ("seed", "global_batch_size", "batch_size_warmup_steps", "batch_size_warmup_start", "length_warmup_steps")
 
 
 def pretrain(run: RunArguments, data: CorpusArguments, args: PretrainingArguments) -> dict[str, float]:
@@ -42,6 +43,7 @@ def pretrain(run: RunArguments, data: CorpusArguments, args: PretrainingArgument
         raise ValueError("--data is needed: a folder that `roberta-fast pretrain prepare` has written")
     resumed = _resumed_checkpoint(args)
     index, tokenizer = read_index(data.data), corpus_tokenizer(data.data)
+    tokenizer.model_max_length = data.max_seq_length
     set_seed(args.seed)
     model = build_model(run, tokenizer, data.max_seq_length)
     train_batches, eval_batches = batches_of(data, args, tokenizer, first_position(model.config))
@@ -168,7 +170,7 @@ def _settings(index, data, args, batches):
     return {
         "corpus": corpus,
         **{name: getattr(data, name) for name in (*masking, "whole_word_mask")},
-        **{name: getattr(args, name) for name in ("seed", "global_batch_size", "batch_size_warmup_steps", "length_warmup_steps")},
+        **{name: getattr(args, name) for name in _DATA_FLAGS},
         "stages": [list(stage) for stage in batches.schedule.stages],
     }
 
