@@ -56,6 +56,7 @@ def test_two_processes_are_as_one(flags, corpus, one, tmp_path):
     assert "13 blocks, 2 × 2 micro-batches" in said and "unigram entropy" not in (tmp_path / "log.1").read_text()
 
 
+@pytest.mark.slow
 def test_one_process_resumes_what_two_began(corpus, one, tmp_path):
     """The data of a step does not depend on how many processes share it."""
     finish_ranks(command(corpus, tmp_path / "out", **{**FLAGS, "max_steps": 3}), tmp_path / "log")

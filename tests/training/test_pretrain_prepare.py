@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from roberta_fast.cli import main
+from roberta_fast.training.pretraining import prepare as module
 from roberta_fast.training.pretraining.corpus import Corpus, CorpusError, read_index
 from roberta_fast.training.pretraining.documents import Damage, Document, read_dataset, read_file
 from roberta_fast.training.pretraining.prepare import prepare
@@ -115,6 +117,8 @@ def test_a_corpus_holds_the_text(text, tmp_path):
     corpus = Corpus(tmp_path / "corpus", verify=True)
     tokenizer = load_tokenizer(str(tmp_path / "corpus" / "tokenizer"))
     assert corpus.documents.tolist() == [2, 1, 1]
+    again = pickle.dumps(corpus)
+    assert len(again) < 1000 and np.array_equal(pickle.loads(again).tokens(1, 9), corpus.tokens(1, 9))
     bounds = np.cumsum([0, *corpus.sentences])
     decoded = [tokenizer.decode(corpus.tokens(a, b)) for a, b in itertools.pairwise(bounds)]
     # Behind a document's first line there is a space, as in running text.
@@ -175,29 +179,31 @@ def test_roberta_bpe_of_the_shared_data(text, tmp_path, shared_data):
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
-    """Three chunks of distinct documents."""
+    """Distinct documents, some 800 KB."""
     path = tmp_path_factory.mktemp("larger") / "larger.txt"
     generator = np.random.default_rng(0)
     words = [f"word{n}" for n in range(200)]
-    path.write_text("\n\n".join(" ".join(generator.choice(words, 40)) for _ in range(7000)))
+    path.write_text("\n\n".join(" ".join(generator.choice(words, 40)) for _ in range(2500)))
     return path
 
 
-def test_the_same_bytes_by_any_number_of_processes(larger, tmp_path):
+def test_the_same_bytes_by_any_number_of_processes(larger, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 16)
     made = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        prepare(folder, [larger], vocab_size=400, validation_percentage=10, processes=processes, shard_tokens=100_000)
+        prepare(folder, [larger], vocab_size=400, validation_percentage=10, processes=processes, shard_tokens=50_000)
         made[processes] = contents(folder)
     assert made[1] == made[2]
     index = read_index(folder)
     assert len(index["splits"]["train"]["shards"]) > 1
-    share = index["splits"]["validation"]["documents"] / 7000
-    assert abs(share - 0.1) < 0.015
+    share = index["splits"]["validation"]["documents"] / 2500
+    assert abs(share - 0.1) < 0.025
 
 
-def test_tokens_across_shards(larger, tmp_path):
-    for name, size in (("one", 1 << 28), ("many", 60_000)):
+def test_tokens_across_shards(larger, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 16)
+    for name, size in (("one", 1 << 28), ("many", 50_000)):
         prepare(tmp_path / name, [larger], vocab_size=400, shard_tokens=size)
     one, many = Corpus(tmp_path / "one"), Corpus(tmp_path / "many")
     assert len(many._shards) > 2 and len(one._shards) == 1
@@ -222,7 +228,7 @@ def test_equal_documents_go_to_the_same_split(tmp_path):
 def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(larger, tmp_path):
     """And the next call takes the place over."""
     output = tmp_path / "corpus"
-    command = [*COMMAND, "--input", larger, "--vocab_size", "400", "--num_proc", "1", "--output", output]
+    command = [*COMMAND, "--input", *[larger] * 8, "--vocab_size", "400", "--num_proc", "1", "--output", output]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not (tmp_path / "corpus.incomplete" / "train-00000.tokens.bin").exists():

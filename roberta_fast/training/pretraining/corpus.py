@@ -125,6 +125,10 @@ class Corpus:
                     raise CorpusError(f"{path} is not what was written: its SHA-256 differs from that in {INDEX}; prepare again")
         return np.memmap(path, dtype, "r") if found else np.empty(0, dtype)
 
+    def __reduce__(self):
+        # A map pickles as all that it holds; processes that load data map the files themselves.
+        return type(self), (self.folder, self.split)
+
     def __len__(self) -> int:
         """Tokens of the split."""
         return int(self._starts[-1])
