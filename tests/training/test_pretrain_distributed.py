@@ -65,6 +65,7 @@ def test_one_process_resumes_what_two_began(corpus, one, tmp_path):
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_test_can_fail(corpus, one, tmp_path):
     """Another global batch is another curve."""
     finish(command(corpus, tmp_path / "out", **{**FLAGS, "global_batch_size": 12}), tmp_path / "log")

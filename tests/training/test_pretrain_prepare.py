@@ -3,17 +3,14 @@
 import gzip
 import itertools
 import json
-import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import start
 from transformers import AutoTokenizer
 
 from roberta_fast.cli import main
@@ -25,7 +22,7 @@ from roberta_fast.training.pretraining.vocabulary import load_tokenizer, train_b
 
 TEXT = "The first line.\nIts second.\n\n\nAnother document, été 中文.\n   \nA third one.\n"
 DOCUMENTS = [["The first line.", "Its second."], ["Another document, été 中文."], ["A third one."]]
-COMMAND = [str(Path(sys.executable).parent / "roberta-fast"), "pretrain", "prepare"]
+COMMAND = ["pretrain", "prepare", "--vocab_size", "400", "--num_proc", "1", "--input"]
 
 
 @pytest.fixture
@@ -105,7 +102,10 @@ def test_the_command_reports_damage(tmp_path, capsys):
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_text("\n".join(DAMAGED_JSON))
     output = tmp_path / "corpus"
-    assert main(["pretrain", "prepare", "--input", str(jsonl), "--vocab_size", "300", "--output", str(output)]) == 0
+    assert (
+        main(["pretrain", "prepare", "--input", str(jsonl), "--vocab_size", "300", "--num_proc", "1", "--output", str(output)])
+        == 0
+    )
     said = capsys.readouterr().out
     assert "5 damaged lines were left out" in said and f"{jsonl}, line 2: no JSON: " in said
     assert read_index(output)["damaged"] == 5
@@ -228,16 +228,14 @@ def test_equal_documents_go_to_the_same_split(tmp_path):
 def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(larger, tmp_path):
     """And the next call takes the place over."""
     output = tmp_path / "corpus"
-    command = [*COMMAND, "--input", *[larger] * 8, "--vocab_size", "400", "--num_proc", "1", "--output", output]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start([*COMMAND, *[str(larger)] * 8, "--output", str(output)], tmp_path / "log")
     try:
         while not (tmp_path / "corpus.incomplete" / "train-00000.tokens.bin").exists():
-            assert process.poll() is None, "it ended before it wrote anything"
+            assert process.exitcode is None, (tmp_path / "log").read_text()
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
     finally:
         process.kill()
-        process.wait()
+        process.join()
     assert not output.exists()
     with pytest.raises(CorpusError, match=r"holds no index\.json: it is no prepared corpus, or its preparation was interrupted"):
         Corpus(tmp_path / "corpus.incomplete")
@@ -247,15 +245,13 @@ def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(larger, tmp_
 
 def test_a_full_disk_leaves_nothing(larger, tmp_path):
     """The system refuses files beyond 100 KB, in another process."""
-    code = (
-        "import resource, signal, sys; from roberta_fast.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(main(sys.argv[1:]))"
+    output, log = tmp_path / "out" / "corpus", tmp_path / "log"
+    process = start([*COMMAND, str(larger), "--output", str(output)], log, file_limit=100_000)
+    process.join(240)
+    assert process.exitcode == 1 and "roberta-fast pretrain prepare: [Errno 27] File too large" in log.read_text(), (
+        log.read_text()
     )
-    output = tmp_path / "corpus"
-    arguments = ["pretrain", "prepare", "--input", larger, "--vocab_size", "400", "--num_proc", "1", "--output", output]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "roberta-fast pretrain prepare: [Errno 27] File too large" in done.stderr, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == []
+    assert list(output.parent.iterdir()) == []
 
 
 def spoil(name, change):
