@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.roberta.modeling_roberta import RobertaEncoder as StockRobertaEncoder
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
@@ -20,6 +21,7 @@ from roberta_fast.decoding import DecoderCall
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
+    LANGUAGE_MODELS,
     ROLES,
     Family,
     family_of,
@@ -112,10 +114,13 @@ class FastEncoder(Reporting):
             batch = batch._replace(int8=True)
         watched = "hidden_states" in collected or any(is_watched(layer) for layer in self.layer)
         rows = hidden_states if watched else batch.pack(hidden_states)
-        cache = {"past_key_values": past_key_values} if decodes else {}
+        recomputes = self.fast_options.recompute == "layer" and torch.is_grad_enabled()
+        # As Hugging Face's checkpointing has it: what is computed twice fills no cache.
+        cache = {"past_key_values": past_key_values} if decodes and not (recomputes and not call.past) else {}
         try:
             for layer in self.layer:
-                rows = layer(rows, batch, *arguments, **cache)
+                call_layer = functools.partial(checkpoint, layer, use_reentrant=False) if recomputes else layer
+                rows = call_layer(rows, batch, *arguments, **cache)
         except (RuntimeError, ValueError) as error:
             mixed = _mixed_dtype(self, hidden_states.dtype)
             if mixed is None:
@@ -292,7 +297,7 @@ def _attentions(encoder):
 def fast_class(family: Family, role: str) -> type[nn.Module]:
     """The fast subclass of a family's stock class for one of ``ROLES``. It keeps the stock name, by which FSDP wraps."""
     stock = family.stock_class(role)
-    mixin = {"layer": FastLayer, "encoder": FastEncoder, "masked_lm": heads.FastMaskedLM}[role]
+    mixin = {"layer": FastLayer, "encoder": FastEncoder}.get(role, heads.FastLanguageModel)
     body = {
         "__module__": __name__,
         "__qualname__": _global_name(family, role),
@@ -300,8 +305,8 @@ def fast_class(family: Family, role: str) -> type[nn.Module]:
         "family": family,
         "stock": stock,
     }
-    if role == "masked_lm":
-        body["forward"] = heads.fused_forward(stock)
+    if role in LANGUAGE_MODELS:
+        body["forward"] = heads.fused_forward(stock, causal=role == "causal_lm")
     return type(stock.__name__, (mixin, stock), body)
 
 

@@ -100,7 +100,7 @@ def distilbert_parts(layer: nn.Module) -> LayerParts:
 
 
 class HeadParts(NamedTuple):
-    """The modules of a masked-language-model head, in the order of their use, and those that hold them."""
+    """The modules of a language-model head, in the order of their use, and those that hold them."""
 
     dense: nn.Module
     activation: Callable
@@ -110,13 +110,13 @@ class HeadParts(NamedTuple):
 
 
 def roberta_head(model: nn.Module) -> HeadParts:
-    """The head of a ``RobertaForMaskedLM``."""
+    """The head of a ``RobertaForMaskedLM`` or ``RobertaForCausalLM``."""
     head = model.lm_head
     return HeadParts(head.dense, activations.gelu, head.layer_norm, head.decoder, (head,))
 
 
 def bert_head(model: nn.Module) -> HeadParts:
-    """The head of a ``BertForMaskedLM``."""
+    """The head of a ``BertForMaskedLM`` or ``BertLMHeadModel``."""
     predictions = model.cls.predictions
     transform = predictions.transform
     containers = (model.cls, predictions, transform)
@@ -129,7 +129,7 @@ def distilbert_head(model: nn.Module) -> HeadParts:
 
 
 def electra_head(model: nn.Module) -> HeadParts:
-    """The head of an ``ElectraForMaskedLM``."""
+    """The head of an ``ElectraForMaskedLM`` or ``ElectraForCausalLM``."""
     head = model.generator_predictions
     return HeadParts(head.dense, head.activation, head.LayerNorm, model.generator_lm_head, (head,))
 
@@ -140,7 +140,7 @@ class Family(NamedTuple):
     model_types: the ``config.model_type`` values. module: where its classes live, below ``transformers.models``.
     layer, encoder: names of its stock classes there. parts: finds the parts of a layer.
     output: what its encoder returns; ``BaseModelOutput`` where it cannot be a decoder.
-    masked_lm: name of its masked language model there, or None. head: finds the parts of that model's head.
+    masked_lm, causal_lm: names of its language models there, or None. head: finds the parts of such a model's head.
     """
 
     model_types: tuple[str, ...]
@@ -150,6 +150,7 @@ class Family(NamedTuple):
     parts: Callable[[nn.Module], LayerParts] = bert_parts
     output: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
     masked_lm: str | None = None
+    causal_lm: str | None = None
     head: Callable[[nn.Module], HeadParts] = bert_head
 
     def stock_class(self, role: str) -> type[nn.Module]:
@@ -175,15 +176,24 @@ FAMILIES = (
         "RobertaLayer",
         "RobertaEncoder",
         masked_lm="RobertaForMaskedLM",
+        causal_lm="RobertaForCausalLM",
         head=roberta_head,
     ),
-    Family(("bert", "dpr"), "bert.modeling_bert", "BertLayer", "BertEncoder", masked_lm="BertForMaskedLM"),
+    Family(
+        ("bert", "dpr"),
+        "bert.modeling_bert",
+        "BertLayer",
+        "BertEncoder",
+        masked_lm="BertForMaskedLM",
+        causal_lm="BertLMHeadModel",
+    ),
     Family(
         ("xlm-roberta",),
         "xlm_roberta.modeling_xlm_roberta",
         "XLMRobertaLayer",
         "XLMRobertaEncoder",
         masked_lm="XLMRobertaForMaskedLM",
+        causal_lm="XLMRobertaForCausalLM",
         head=roberta_head,
     ),
     Family(
@@ -192,6 +202,7 @@ FAMILIES = (
         "CamembertLayer",
         "CamembertEncoder",
         masked_lm="CamembertForMaskedLM",
+        causal_lm="CamembertForCausalLM",
         head=roberta_head,
     ),
     Family(
@@ -210,18 +221,34 @@ FAMILIES = (
         "ElectraLayer",
         "ElectraEncoder",
         masked_lm="ElectraForMaskedLM",
+        causal_lm="ElectraForCausalLM",
         head=electra_head,
     ),
-    Family(("ernie",), "ernie.modeling_ernie", "ErnieLayer", "ErnieEncoder", masked_lm="ErnieForMaskedLM"),
+    Family(
+        ("ernie",),
+        "ernie.modeling_ernie",
+        "ErnieLayer",
+        "ErnieEncoder",
+        masked_lm="ErnieForMaskedLM",
+        causal_lm="ErnieForCausalLM",
+    ),
     Family(
         ("data2vec-text",),
         "data2vec.modeling_data2vec_text",
         "Data2VecTextLayer",
         "Data2VecTextEncoder",
         masked_lm="Data2VecTextForMaskedLM",
+        causal_lm="Data2VecTextForCausalLM",
         head=roberta_head,
     ),
-    Family(("roc_bert",), "roc_bert.modeling_roc_bert", "RoCBertLayer", "RoCBertEncoder", masked_lm="RoCBertForMaskedLM"),
+    Family(
+        ("roc_bert",),
+        "roc_bert.modeling_roc_bert",
+        "RoCBertLayer",
+        "RoCBertEncoder",
+        masked_lm="RoCBertForMaskedLM",
+        causal_lm="RoCBertForCausalLM",
+    ),
     Family(("bert-generation",), "bert_generation.modeling_bert_generation", "BertGenerationLayer", "BertEncoder"),
     Family(("splinter",), "splinter.modeling_splinter", "SplinterLayer", "SplinterEncoder", output=BaseModelOutput),
     Family(("align_text_model",), "align.modeling_align", "AlignTextLayer", "AlignTextEncoder", output=BaseModelOutput),
@@ -254,9 +281,9 @@ def family_of_encoder(module: nn.Module) -> Family | None:
     return _family_by_class("encoder", module)
 
 
-def family_of_masked_lm(module: nn.Module) -> Family | None:
-    """The family whose stock masked language model ``module`` is an exact instance of, or None."""
-    return _family_by_class("masked_lm", module)
+def family_of_language_model(module: nn.Module, role: str) -> Family | None:
+    """The family whose stock ``role``, one of ``LANGUAGE_MODELS``, ``module`` is an exact instance of, or None."""
+    return _family_by_class(role, module)
 
 
 def _family_by_class(role, module):
@@ -281,7 +308,8 @@ def unwrapped(layer: nn.Module) -> nn.Module:
     return layer
 
 
-ROLES = ("layer", "encoder", "masked_lm")
+LANGUAGE_MODELS = ("masked_lm", "causal_lm")
+ROLES = ("layer", "encoder", *LANGUAGE_MODELS)
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _STOCK_CLASSES = {
     (role, f"transformers.models.{family.module}", getattr(family, role)): family

@@ -14,7 +14,7 @@ from roberta_fast import dispatch, int8
 from roberta_fast.accelerate import fast_encoders, restore_model
 from roberta_fast.encoder import encoder_objection
 from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
-from roberta_fast.heads import FastMaskedLM, head_objection
+from roberta_fast.heads import FastLanguageModel, head_objection
 from roberta_fast.layer import layer_objection, linears
 from roberta_fast.ops.registration import facts_of
 
@@ -73,8 +73,8 @@ def explain(model: nn.Module) -> Explanation:
     if options.precision:
         precision = _precision(layers, options.precision)
         operations |= {"int8_linear": None, "int8_feed_forward": None}  # compute in inference alone
-    masked_lms = [module for module in model.modules() if isinstance(module, FastMaskedLM) and options.fuse_mlm_head]
-    if masked_lms:
+    language_models = [module for module in model.modules() if isinstance(module, FastLanguageModel) and options.fuse_lm_head]
+    if language_models:
         operations["cross_entropy"] = "cross_entropy"  # which leaves products alone to the backward pass
     for name, backward in operations.items():
         chosen = []
@@ -92,9 +92,9 @@ def explain(model: nn.Module) -> Explanation:
         reasons.update(filter(None, [encoder_objection(encoder)]))
     for layer in layers:
         reasons.update(_layer_fallbacks(layer, options.precision))
-    reasons.update(f"the head computes all logits: {reason}" for reason in filter(None, map(head_objection, masked_lms)))
+    reasons.update(f"the head computes all logits: {reason}" for reason in filter(None, map(head_objection, language_models)))
     stock_calls, fp32_calls = Counter(), Counter()
-    for module in (*encoders, *masked_lms):
+    for module in (*encoders, *language_models):
         stock_calls.update(module.stock_calls)
     for encoder in encoders:
         fp32_calls.update(encoder.fp32_calls)

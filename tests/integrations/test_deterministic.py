@@ -25,7 +25,7 @@ from roberta_fast import (
     restore_model,
 )
 from roberta_fast.deterministic import Linear
-from roberta_fast.testing import assert_close_as_torch, random_inputs, randomize, tiny_config
+from roberta_fast.testing import MASKS, assert_close_as_torch, random_inputs, randomize, tiny_config
 
 pytestmark = pytest.mark.skipif(dispatch.load_cpp() is not None, reason=str(dispatch.load_cpp()))
 
@@ -292,11 +292,32 @@ def test_what_cannot_promise_it_raises_and_says_why(reason, monkeypatch):
         assert model(**inputs).last_hidden_state.isfinite().all(), "without it the same call is served"
 
 
-def test_a_decoder_raises():
+@pytest.mark.parametrize("cached", [False, True], ids=["at once", "by steps"])
+def test_a_decoder_gives_a_text_the_same_bits_in_any_batch(cached):
+    model = accelerate_model(randomize(RobertaForCausalLM(tiny_config(is_decoder=True))).eval(), deterministic=True)
+    batch = random_inputs(MASKS["left padding"], model.config)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0) + model.config.pad_token_id + 1
+
+    @torch.no_grad()
+    def logits(inputs, positions):
+        if not cached:
+            return model(**inputs, position_ids=positions).logits
+        seqlen, steps, cache = positions.shape[1], [], None
+        for end in range(1, seqlen + 1):
+            ids, mask = inputs["input_ids"][:, end - 1 : end], inputs["attention_mask"][:, :end]
+            output = model(ids, mask, position_ids=positions[:, end - 1 : end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+        return torch.cat(steps, 1)
+
+    together = logits(batch, positions)
+    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        alone = logits({name: t[row : row + 1, -length:] for name, t in batch.items()}, positions[row : row + 1, -length:])
+        assert torch.equal(together[row, -length:], alone[0])
+
+
+def test_what_deterministic_cannot_be():
     model = randomize(RobertaForCausalLM(tiny_config(is_decoder=True))).eval()
-    accelerate_model(model, deterministic=True)
-    with pytest.raises(NotImplementedError, match="stock path would run, decoder mode, which deterministic=True forbids"):
-        model(torch.arange(5, 12)[None])
     with pytest.raises(ValueError, match="reaches heads only through accelerate_model, not through patch_transformers"):
         patch_transformers(deterministic=True)
     with pytest.raises(ValueError, match="deterministic=1 is not True or False"):

@@ -1,4 +1,4 @@
-"""Masked language models in training: loss and gradients from the labelled rows, and everything else as it was."""
+"""Language models in training: loss and gradients from the labelled rows, and everything else as it was."""
 
 import copy
 import inspect
@@ -7,21 +7,29 @@ import pickle
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 from trio import NO_DROPOUT, Trio, assert_same_gradients, gradients
 
 from roberta_fast import accelerate_model, check_parity, explain, restore_model
-from roberta_fast.families import FAMILIES
-from roberta_fast.heads import FastMaskedLM
+from roberta_fast.families import FAMILIES, LANGUAGE_MODELS
+from roberta_fast.heads import FastLanguageModel
 from roberta_fast.testing import MASKS, random_inputs, randomize, tiny_config
 
-TYPES = [family.model_types[0] for family in FAMILIES if family.masked_lm]
+MASKED, CAUSAL = ([f.model_types[0] for f in FAMILIES if getattr(f, role)] for role in LANGUAGE_MODELS)
 
 
-def models(model_type="roberta", dtype=torch.float32, **options):
+def models(model_type="roberta", dtype=torch.float32, causal=False, **options):
     """(fast, stock, stock in float64) in training mode, of the same parameters."""
-    config = tiny_config(model_type, **NO_DROPOUT, dropout=0.0, attention_dropout=0.0, vocab_size=500)
-    stock = randomize(AutoModelForMaskedLM.from_config(config), std=0.1).train()
+    config = tiny_config(model_type, **NO_DROPOUT, dropout=0.0, attention_dropout=0.0, vocab_size=500, is_decoder=causal)
+    kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    stock = randomize(kind.from_config(config), std=0.1).train()
     exact = copy.deepcopy(stock).double()
     return Trio(accelerate_model(copy.deepcopy(stock).to(dtype), **options), stock.to(dtype), exact)
 
@@ -54,13 +62,45 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mask", ["right padding", "left padding", "all ones"])
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", MASKED)
 def test_loss_and_every_gradient(model_type, mask):
     trio = models(model_type)
     inputs = labelled(trio.stock, MASKS[mask])
     fast, stock, exact = (step(model, inputs).loss for model in trio)
     assert abs(fast - exact) <= 2 * abs(stock - exact) + 1e-6 * exact
     assert_same_gradients(*(gradients(model) for model in trio))
+
+
+@pytest.mark.parametrize("items", [None, 100, torch.tensor(100)], ids=["mean", "by a number", "by a tensor"])
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_causal_loss_and_every_gradient(model_type, items):
+    trio = models(model_type, causal=True)
+    inputs = labelled(trio.stock, share=0.7) | ({} if items is None else {"num_items_in_batch": items})
+    outputs = [step(model, inputs) for model in trio]
+    fast, stock, exact = (output.loss for output in outputs)
+    assert abs(fast - exact) <= 2 * abs(stock - exact) + 1e-6 * exact
+    assert_same_gradients(*(gradients(model) for model in trio))
+    assert outputs[0].logits is None and outputs[0].past_key_values is None
+
+
+OWN_LOSSES = ["a loss_function of its own", "logits_to_keep", "shift_labels for the loss"]
+
+
+@pytest.mark.parametrize("reason", OWN_LOSSES)
+def test_another_causal_loss_is_computed_from_all_logits(reason):
+    fast, stock, _ = models(causal=True)
+    inputs = labelled(stock, torch.ones(3, 12, dtype=torch.int64))
+    if reason == "a loss_function of its own":
+        for model in (fast, stock):
+            model.loss_function = lambda logits, labels, **options: logits.square().mean()
+    elif reason == "logits_to_keep":
+        inputs |= {"logits_to_keep": 8, "labels": inputs["labels"][:, -8:]}
+    else:
+        inputs["shift_labels"] = inputs["labels"]
+    with pytest.warns(RuntimeWarning, match=f"RobertaForCausalLM computes all logits: {reason}"):
+        outputs = fast(**inputs)
+    torch.testing.assert_close(outputs.loss, stock(**inputs).loss)
+    torch.testing.assert_close(outputs.logits, stock(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -81,7 +121,7 @@ def test_logits_of_all_rows_are_not_made():
     assert outputs.logits is None
     assert made.most < inputs["labels"].numel() * stock.config.vocab_size
     with Shapes() as made:
-        assert step(accelerate_model(fast, fuse_mlm_head=False), inputs).logits.shape == (8, 32, stock.config.vocab_size)
+        assert step(accelerate_model(fast, fuse_lm_head=False), inputs).logits.shape == (8, 32, stock.config.vocab_size)
     assert made.most == inputs["labels"].numel() * stock.config.vocab_size, "the measure sees full logits"
 
 
@@ -150,7 +190,7 @@ def test_what_a_hook_or_an_adapter_changes_is_computed_in_full():
 
 def test_names_signature_pickle_and_restoring():
     fast, stock, _ = models()
-    assert isinstance(fast, FastMaskedLM)
+    assert isinstance(fast, FastLanguageModel)
     assert type(fast).__name__ == "RobertaForMaskedLM"
     assert inspect.signature(fast.forward) == inspect.signature(stock.forward)
     assert fast.state_dict().keys() == stock.state_dict().keys()
@@ -161,18 +201,6 @@ def test_names_signature_pickle_and_restoring():
     assert type(restored) is type(stock)
     assert restored(**inputs).logits is not None
     assert restored.__dict__.keys() == stock.__dict__.keys()
-
-
-def test_compiled():
-    fast, _, exact = models()
-    inputs = labelled(fast)
-    compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
-    loss = step(compiled, inputs).loss
-    found = {name: gradient.clone() for name, gradient in gradients(fast).items()}
-    fast.zero_grad()
-    torch.testing.assert_close(loss, step(fast, inputs).loss)
-    step(exact, inputs)
-    assert_same_gradients(found, gradients(fast), gradients(exact))
 
 
 def test_trainer_follows_the_stock_loss(tmp_path, checkpoint):
