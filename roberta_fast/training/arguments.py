@@ -64,6 +64,9 @@ class ModelArguments:
     cache_dir: str | None = flag(None, "where downloads are kept")
     model_revision: str = flag("main", "branch, tag or commit on the Hub")
     fast: bool = flag(True, "train on the accelerated encoder; --no-fast: on the stock one")
+    precision: str | None = flag(
+        None, "int8: evaluate and predict in 8 bits, on a CPU, a model that is trained", choices=["int8"]
+    )
     lora_r: int = flag(0, "rank of LoRA adapters, trained in place of the encoder; 0: train all")
     lora_alpha: int = flag(16, "LoRA scales its adapters by lora_alpha / lora_r")
     lora_dropout: float = flag(0.0, "dropout in front of the adapters")

@@ -42,6 +42,11 @@ class FineTuningArguments(FastSeq2SeqTrainingArguments):
 
     def __post_init__(self):
         asked = self.do_eval
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        elif self.load_best_model_at_end and self.save_strategy == "epoch":  # the best model is among those that are evaluated
+            self.save_strategy = self.eval_strategy
+            self.save_steps = self.eval_steps or self.save_steps
         super().__post_init__()
         self.do_eval = asked  # an eval_strategy turns it on, but here it says which data is read
 
@@ -94,6 +99,8 @@ class FineTuning:
         for split, limit in zip(wanted, limits, strict=True):
             if split in self.tables and limit is not None:
                 self.tables[split] = self.tables[split].first(limit)
+        if model_args.precision and ("train" in self.tables or not model_args.fast):
+            raise ValueError(f"precision={model_args.precision!r} is for evaluation and prediction on the fast encoder")
         self.config = self._config()
         self.tokenizer = self.load_tokenizer()
         self.prepare()
@@ -240,6 +247,7 @@ class FineTuning:
             compute_metrics=None if args.prediction_loss_only else self._metrics_now,
             callbacks=[EarlyStoppingCallback(args.early_stopping_patience)] if stopping else None,
             fast=self.model_args.fast,
+            precision=self.model_args.precision,
             **self.trainer_options(),
         )
 

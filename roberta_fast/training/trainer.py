@@ -90,14 +90,23 @@ class FastSeq2SeqTrainingArguments(FastTrainingArguments, Seq2SeqTrainingArgumen
 class _FastTraining:
     """What ``FastTrainer`` and ``FastSeq2SeqTrainer`` add to Trainer.
 
-    fast: accelerate the model's encoders, where they are not yet.
+    fast: accelerate the model's encoders. precision: as in ``FastOptions``, for evaluation and prediction alone.
     class_weights: the weight of each class in the cross-entropy, float [num_labels], for models with one label a text.
     """
 
-    def __init__(self, model=None, args=None, *rest, fast: bool = True, class_weights: Sequence[float] | None = None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *rest,
+        fast: bool = True,
+        precision: str | None = None,
+        class_weights: Sequence[float] | None = None,
+        **kwargs,
+    ):
         args = args or FastTrainingArguments("trainer_output")
         if fast and model is not None:
-            accelerate_model(model)
+            accelerate_model(model, precision=precision)
         super().__init__(model, args, *rest, **kwargs)
         if class_weights is not None:
             self._weigh_classes(class_weights)

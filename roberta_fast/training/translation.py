@@ -157,7 +157,7 @@ class Translation(FineTuning):
 
     def collator(self, model: PreTrainedModel):
         # Label smoothing takes the labels away, from which the model would make its decoder's inputs.
-        return DataCollatorForSeq2Seq(self.tokenizer, model if self.args.label_smoothing_factor else None)
+        return _Collator(self.tokenizer, model if self.args.label_smoothing_factor else None)
 
     def processing_class(self):
         """None: the config's special tokens are the target's. The collator's tokenizer, the source's, is saved."""
@@ -206,6 +206,14 @@ target = AutoTokenizer.from_pretrained(folder{f' + "/{TARGET_TOKENIZER}"' if sel
 model = EncoderDecoderModel.from_pretrained(folder)
 made = model.generate(**source("A sentence.", return_tensors="pt"))
 print(target.batch_decode(made, skip_special_tokens=True))"""
+
+
+class _Collator(DataCollatorForSeq2Seq):
+    """Leaves out labels that are None, as Hugging Face's makes them of sentences without a translation."""
+
+    def __call__(self, features, return_tensors=None):
+        batch = super().__call__(features, return_tensors)
+        return {name: value for name, value in batch.items() if value is not None}
 
 
 def translation_scores(found: list[str], truth: list[str]) -> dict[str, float]:

