@@ -16,8 +16,8 @@ _HOMES = {
     "QuestionAnswering": "qa",
     "TokenBatchSampler": "batching",
     "Translation": "translation",
-    "finetune": "fine_tuning",
-    "predict": "fine_tuning",
+    "finetune": "api",
+    "predict": "api",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,6 +1,5 @@
 """``roberta-fast finetune TASK ...``; light, so that ``--help`` is quick."""
 
-import importlib
 import sys
 
 from roberta_fast.training import arguments
@@ -52,8 +51,9 @@ def report_errors(command: str, action) -> int:
 
 
 def _run(task, model_args, data_args, args):
-    finetune = importlib.import_module("roberta_fast.training.fine_tuning")
-    result = finetune.task_class(task)(model_args, data_args, args).run()
+    from roberta_fast.training.api import task_class
+
+    result = task_class(task)(model_args, data_args, args).run()
     scores = {name: value for name, value in result.metrics.items() if name.startswith(("eval_", "test_"))}
     for name, value in scores.items():
         if not name.endswith(("_runtime", "_per_second", "_samples")):

@@ -1,11 +1,8 @@
 """What all fine-tuning tasks have in common: read, check, train, evaluate, predict, save, report."""
 
 import copy
-import dataclasses
-import importlib
 import json
 import random
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +15,6 @@ from roberta_fast.training.arguments import DataArguments, ModelArguments, as_fl
 from roberta_fast.training.data import DataError, Table, load_hub
 from roberta_fast.training.trainer import FastSeq2SeqTrainingArguments, FastTrainer
 
-TASKS = {
-    "classification": "classification:Classification",
-    "ner": "ner:Ner",
-    "qa": "qa:QuestionAnswering",
-    "translation": "translation:Translation",
-    "generation": "generation:Generation",
-}
 # What a trained folder remembers of how its texts were read.
 SETTINGS = "finetune.json"
 
@@ -42,11 +32,14 @@ class FineTuningArguments(FastSeq2SeqTrainingArguments):
 
     def __post_init__(self):
         asked = self.do_eval
-        if self.eval_strategy == "no":
+        if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False
-        elif self.load_best_model_at_end and self.save_strategy == "epoch":  # the best model is among those that are evaluated
-            self.save_strategy = self.eval_strategy
-            self.save_steps = self.eval_steps or self.save_steps
+        elif self.load_best_model_at_end and self.save_strategy != "best":
+            # The best model is among those that are both evaluated and saved: what was asked for of the one goes for both.
+            if self.eval_strategy == "epoch":
+                self.eval_strategy, self.eval_steps = self.save_strategy, self.eval_steps or self.save_steps
+            elif self.save_strategy == "epoch":
+                self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
         super().__post_init__()
         self.do_eval = asked  # an eval_strategy turns it on, but here it says which data is read
 
@@ -336,48 +329,6 @@ class FineTuning:
 
     def _where(self):
         return {"cache_dir": self.model_args.cache_dir, "revision": self.model_args.model_revision}
-
-
-def task_class(name: str) -> type[FineTuning]:
-    """The class of a task by its name. Raises ValueError naming the tasks that there are."""
-    if name not in TASKS:
-        raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}")
-    module, _, attribute = TASKS[name].partition(":")
-    return getattr(importlib.import_module(f"roberta_fast.training.{module}"), attribute)
-
-
-def predict(folder: str | Path, file: str | Path, *, fast: bool = True, **flags) -> list[dict]:
-    """What the fine-tuned model in ``folder`` predicts for each row of ``file``, by the settings that it was trained with.
-
-    fast: on the accelerated encoder. flags: those of the task's data arguments, to change a setting, and of FineTuningArguments.
-    Raises ValueError where ``folder`` holds no model of ``finetune``, DataError for what is wrong in ``file``.
-    """
-    settings = Path(folder) / SETTINGS
-    if not settings.is_file():
-        raise ValueError(f"{str(folder)!r} holds no model of roberta-fast finetune: there is no {SETTINGS}")
-    remembered = json.loads(settings.read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as scratch:
-        flags = {**remembered["data"], "report_to": "none", **flags, "test_file": str(file), "do_predict": True}
-        chosen = {"model_name_or_path": str(folder), "fast": fast, "output_dir": scratch}
-        return _task(remembered["task"], {**flags, **chosen}, score_test=False).run().predictions
-
-
-def finetune(task: str, **flags) -> Result:
-    """Fine-tunes, evaluates and predicts, as ``roberta-fast finetune TASK`` with these flags does.
-
-    task: one of ``TASKS``. flags: those of ``ModelArguments``, of the task's data arguments and of ``FineTuningArguments``.
-    Raises DataError for what is wrong in a file, ValueError for a flag that does not exist or fit.
-    """
-    return _task(task, flags).run()
-
-
-def _task(task, flags, **options):
-    kind, flags = task_class(task), dict(flags)
-    classes = (ModelArguments, kind.data_class, FineTuningArguments)
-    taken = [{f.name: flags.pop(f.name) for f in dataclasses.fields(c) if f.init and f.name in flags} for c in classes]
-    if flags:
-        raise ValueError(f"{', '.join(map(repr, flags))}: the task {task} has no such flag")
-    return kind(*(c(**values) for c, values in zip(classes, taken, strict=True)), **options)
 
 
 def split_table(table: Table, percentage: int) -> tuple[Table, Table]:

@@ -28,7 +28,7 @@ def _run(given):
     from transformers.utils import logging
 
     from roberta_fast.training import report
-    from roberta_fast.training.fine_tuning import predict
+    from roberta_fast.training.api import predict
 
     logging.disable_progress_bar()
     rows = predict(
