@@ -243,6 +243,11 @@ def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(larger, tmp_
     assert len(Corpus(output, verify=True)) and not (tmp_path / "corpus.incomplete").exists()
 
 
+def test_two_do_not_write_one_corpus(text, tmp_path):
+    with module._Staging(tmp_path / "corpus"), pytest.raises(ValueError, match=r"another process is writing .*corpus'"):
+        prepare(tmp_path / "corpus", [text], vocab_size=300)
+
+
 def test_a_full_disk_leaves_nothing(larger, tmp_path):
     """The system refuses files beyond 100 KB, in another process."""
     output, log = tmp_path / "out" / "corpus", tmp_path / "log"

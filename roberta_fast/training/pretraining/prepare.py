@@ -65,7 +65,7 @@ def prepare(
     is left under ``output``.
     """
     _check(output, files, validation_files, dataset, validation_percentage, processes, overwrite)
-    with _Staging(output, overwrite) as folder:
+    with _Staging(output) as folder:
         sources = [(files, dataset, SPLITS[0]), (validation_files, None, SPLITS[1])]
 
         def documents():
@@ -139,7 +139,7 @@ def _check_written(splits, counts, validation_percentage):
 class _Staging:
     """``<output>.incomplete``, for one process at a time; takes the place of ``output`` when all went well, and goes else."""
 
-    def __init__(self, output: Path, overwrite: bool):
+    def __init__(self, output: Path):
         output = Path(os.path.abspath(output))
         self.output, self.folder = output, output.with_name(f"{output.name}.incomplete")
 
