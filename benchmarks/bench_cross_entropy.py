@@ -9,15 +9,13 @@ from roberta_fast.benchmarks import shapes
 from roberta_fast.benchmarks.bench_linear import gemm_inputs
 from roberta_fast.benchmarks.operations import STEP, Case, Contender, facts, kernels_for, parameters, run_benchmark
 
-LABELLED = 0.15  # of the tokens, as masked-language-model training has it
-
 
 def cases(device: str, sizes: shapes.OperationSizes):
     """The head of every model over the labelled share of every row count."""
     for model in sizes.models:
         shape = shapes.MODELS[model]
         for rows in sizes.rows:
-            labelled = max(1, int(rows * LABELLED))
+            labelled = max(1, int(rows * shapes.LABELLED))
             yield _case(device, f"{model} M={labelled} V={shape.vocabulary} C={shape.hidden}", labelled, shape)
 
 

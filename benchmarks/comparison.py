@@ -18,22 +18,24 @@ class NotTheSame(Exception):
 
 
 class Comparison:
-    """One table: peers on a model and its batches, in evaluation or with a fine-tuning step.
+    """One table: peers on a model and its batches, in evaluation or with a training step.
 
-    model: the stock model on its device, in its dtype. name: what tables call it. title: keeps apart runs that measure the same.
+    model: the stock model of ``shapes.build_model`` in that mode, on its device, in its dtype. name: what tables call it.
+    title: keeps apart runs that measure the same.
     """
 
     def __init__(
         self,
         name: str,
         model: nn.Module,
+        mode: str,
         batches: list[shapes.Batch],
         peers: list[str],
         repeats: int,
         title: str | None = None,
         commit: str | None = None,
     ):
-        self.name, self.model, self.batches, self.repeats = name, model, batches, repeats
+        self.name, self.model, self.mode, self.batches, self.repeats = name, model, mode, batches, repeats
         self.title, self.commit = title, commit
         self.device, self.dtype = model.device.type, str(model.dtype).removeprefix("torch.")
         self.training, self.busy = model.training, measure.busy()
@@ -60,7 +62,7 @@ class Comparison:
             "kind": "encoder",
             "title": self.title,
             "model": self.name,
-            "mode": "train" if self.training else "eval",
+            "mode": self.mode,
             "dtype": self.dtype,
             "environment": environment,
             "busy": self.busy,
@@ -85,9 +87,9 @@ class Comparison:
     def _gate(self, functions, progress) -> tuple[dict[tuple[str, str], Nearness], dict[str, float]]:
         """{(peer, batch): how near it is}, and {batch: the least cosine for 8 bits}."""
         nearness, floors, wrong = {}, {}, []
-        self._set_training(functions, False)
+        self._set_training(functions, dropout=False)
         for batch in self.batches:
-            gate = Gate(self.model, functions[BASELINE], batch, self._labels(batch))
+            gate = Gate(self.model, functions[BASELINE], batch, batch.labels(self.mode))
             for name in list(functions):
                 try:
                     if PEERS[name].precision:
@@ -105,7 +107,7 @@ class Comparison:
                 progress(f"check {name}, {batch.name}")
         if wrong:
             raise NotTheSame("\n".join(wrong))
-        self._set_training(functions, self.training)
+        self._set_training(functions, dropout=self.training)
         return nearness, floors
 
     def _repeats(self, batch):
@@ -148,7 +150,7 @@ class Comparison:
         return measure.peak_memory(step, self.device)
 
     def _step(self, function: Callable, batch: shapes.Batch) -> Callable[[], object]:
-        inputs, labels = batch.inputs(), self._labels(batch)
+        inputs, labels = batch.inputs(), batch.labels(self.mode)
         if labels is None:
             return torch.no_grad()(lambda: function(**inputs)[0])
 
@@ -160,12 +162,9 @@ class Comparison:
 
         return step
 
-    def _labels(self, batch):
-        rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
-        return rows % 2 if self.training else None
-
-    @staticmethod
-    def _set_training(functions, training):
+    def _set_training(self, functions, dropout):
+        """Puts the peers into their mode; without dropout, all but the outermost module, by which heads know the mode."""
         for function in functions.values():
             if isinstance(function, nn.Module):
-                function.train(training)
+                function.train(dropout)
+                function.training = self.training

@@ -59,8 +59,7 @@ def _parser():
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="default: float32; bfloat16 on cuda")
     add("--repeats", type=_positive, default=7, help="rounds, each peer once a round (default: 7)")
-    add("--train", action="store_true", help="also a fine-tuning step, forward and backward")
-    add("--train-only", action="store_true", help="that alone")
+    add("--modes", type=_modes, default=("eval",), help="any of eval, train (a fine-tuning step), mlm (one of pretraining)")
     add("--scaling", action="store_true", help=f"instead: time against real tokens, padding, and length to {LONGEST}")
     add("--json", type=Path, help="write the results there, in place of earlier ones of the same kind")
     add("--save", action="store_true", help="write them to benchmarks/results, under this machine's name, and draw the plots")
@@ -82,27 +81,27 @@ def _prepare(args) -> list[Comparison]:
     if args.scaling:
         return [_scaling(args, device, dtype, peers if args.peers else scaling.peers(device))]
     args.model = args.model or "roberta-base"
-    modes = (True,) if args.train_only else (False, True) if args.train else (False,)
-    models = [_argument("--model", lambda name, mode=mode: shapes.build_model(name, training=mode), args.model) for mode in modes]
+    models = {
+        mode: _argument("--model", lambda name, mode=mode: shapes.build_model(name, mode=mode), args.model) for mode in args.modes
+    }
     count, longest = args.batch_size or (256 if on_gpu else 32), args.longest or (256 if on_gpu else 92)
     comparisons = []
-    for model in models:
+    for mode, model in models.items():
         ragged = _ragged(args, model.config, count, longest)
         batches = [
             ragged,
             *_argument("--dense", lambda s, m=model: _dense(s, m.config), args.dense or _fitting(DENSE[device], model.config)),
         ]
-        if not model.training:
+        if mode == "eval":
             batches.append(shapes.batch_of(LATENCY, [LATENCY_LENGTH], model.config))
         model, batches = model.to(device, dtype), [batch.to(device) for batch in batches]
-        comparisons.append(Comparison(args.model, model, batches, peers, args.repeats, args.title, args.commit))
+        comparisons.append(Comparison(args.model, model, mode, batches, peers, args.repeats, args.title, args.commit))
     return comparisons
 
 
 def _scaling(args, device, dtype, peers):
-    for name, given in {"--train": args.train, "--train-only": args.train_only}.items():
-        if given:
-            raise ValueError(f"argument {name}: --scaling measures inference")
+    if args.modes != ("eval",):
+        raise ValueError(f"argument --modes: --scaling measures inference, not {','.join(args.modes)}")
     for name, given in {"--text": args.text, "--lengths": args.lengths, "--dense": args.dense}.items():
         if given:
             raise ValueError(f"argument {name}: the batches of --scaling have lengths of their own")
@@ -160,6 +159,14 @@ def _positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _modes(text):
+    modes = tuple(part.strip() for part in text.split(","))
+    unknown = [mode for mode in modes if mode not in shapes.MODES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(shapes.MODES)}")
+    return modes
 
 
 def _integers(text):

@@ -13,7 +13,7 @@ from roberta_fast.benchmarks import measure, operations, report, shapes
 LIMITS_GEMM = 8192
 ENCODER_ARGUMENTS = {
     "eval": ["--peers", "huggingface-sdpa,huggingface-eager,huggingface-compile,torch-varlen,roberta_fast"],
-    "train": ["--peers", "huggingface-sdpa,huggingface-eager,huggingface-compile,roberta_fast", "--train-only"]
+    "train": ["--peers", "huggingface-sdpa,huggingface-eager,huggingface-compile,roberta_fast", "--modes", "train,mlm"]
     + ["--batch-size", "128", "--longest", "256", "--dense", "128x128"],
     "autotune": ["--peers", "huggingface-sdpa,huggingface-compile-max-autotune,roberta_fast", "--title", "max-autotune"]
     + ["--dense", "256x128"],

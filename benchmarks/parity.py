@@ -47,13 +47,15 @@ class Gate:
 
     def __init__(self, model: nn.Module, baseline: Callable, batch: Batch, labels: torch.Tensor | None = None):
         self._model, self._batch, self._labels, self._parameters = model, batch, labels, dict(model.named_parameters())
-        wide = stock_clone(model)
-        for module in wide.modules():  # parameters of its own, where the clone shared them
+        wide, wider = stock_clone(model), {}
+        for module in wide.modules():  # parameters of its own, where the clone shared them; tied ones stay tied
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.detach().to(NEXT_PRECISION[parameter.dtype]))
+                    wider.setdefault(id(parameter), nn.Parameter(parameter.detach().to(NEXT_PRECISION[parameter.dtype])))
+                    module._parameters[name] = wider[id(parameter)]
         wide.set_attn_implementation("sdpa")
-        self._exact = self._results(wide.eval(), dict(wide.named_parameters()))
+        wide.eval().training = model.training  # without dropout, as the peers are
+        self._exact = self._results(wide, dict(wide.named_parameters()))
         self._baseline = self._results(baseline)
         # A parameter of few elements may come out nearly exact by luck, which is no measure for another implementation.
         self._errors = {name: _relative_error(self._baseline[name], exact) for name, exact in self._exact.items()}

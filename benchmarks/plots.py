@@ -125,7 +125,7 @@ def _peers(runs):
         panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.set_xlabel("real tokens a second, and times Hugging Face's")
-        mode = {"eval": "inference", "train": "training step"}[run["mode"]]
+        mode = {"eval": "inference", "train": "fine-tuning step", "mlm": "masked-LM step"}[run["mode"]]
         panel.set_title(f"{run['model']}, {mode}, {batch} batch", fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(_where(runs[0]), fontsize=8, color="#555555")

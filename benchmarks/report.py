@@ -19,6 +19,11 @@ IMAGES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 DEVICES = ("cpu", "cuda")
 LATENCY = "latency"
+MODES = {
+    "eval": "inference",
+    "train": "fine-tuning step, forward and backward",
+    "mlm": "masked-language-model step, forward and backward",
+}
 
 
 def run(argv: list[str], readme: Path = ROOT / "README.md") -> int:
@@ -127,9 +132,9 @@ def encoder_section(run: dict) -> str:
         cells += [f"{rows[LATENCY]['seconds']['median'] * 1e3:.2f}"] if latency else []
         memory = "–" if first["peak_bytes"] is None else f"{first['peak_bytes'] / 2**20:,.0f}"
         lines.append([*cells, memory, f"{first['max_abs']:.1e}", f"{first['cosine']:.7f}"])
-    mode = {"eval": "inference", "train": "fine-tuning step, forward and backward"}[run["mode"]]
+    mode = MODES[run["mode"]]
     described = "; ".join(f"{name} {_batch(facts)}" for name, facts in run["batches"].items() if name != LATENCY)
-    compared = "gradients" if run["mode"] == "train" else "hidden states"
+    compared = "hidden states" if run["mode"] == "eval" else "gradients"
     notes = [f"Peak memory, max\\|Δ\\| and cosine ({compared}, against the first row) are those of the {batches[0]} batch."]
     notes += [f"batch 1: one text of {run['batches'][LATENCY]['seqlen']} tokens."] if latency else []
     if floor := run.get("floors", {}).get(batches[0]):

@@ -44,7 +44,7 @@ class Scaling(Comparison):
     """A comparison whose batches are the points of curves."""
 
     def __init__(self, name, model, curves: dict[str, list[shapes.Batch]], *arguments, **options):
-        super().__init__(name, model, [batch for points in curves.values() for batch in points], *arguments, **options)
+        super().__init__(name, model, "eval", [batch for points in curves.values() for batch in points], *arguments, **options)
         self._curves = {curve: [batch.name for batch in points] for curve, points in curves.items()}
 
     def run(self) -> dict:

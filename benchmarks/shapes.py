@@ -51,24 +51,28 @@ MODELS = {
 }
 
 
-def build_model(name: str, *, training: bool = False, seed: int = 0):
+MODES = ("eval", "train", "mlm")
+LABELLED = 0.15  # of the tokens, as masked-language-model training has it
+
+
+def build_model(name: str, *, mode: str = "eval", seed: int = 0):
     """The stock model on the CPU: for a name of ``MODELS`` with random weights, for a folder with the checkpoint's.
 
-    training: with a two-class head and in training mode, as fine-tuning has it; otherwise the bare encoder in eval mode.
-    Raises ValueError if ``name`` is neither.
+    mode: ``"eval"``: the bare encoder in eval mode; in training mode ``"train"``: with a two-class head, as fine-tuning has it;
+    ``"mlm"``: with that of a masked language model. Raises ValueError if ``name`` is neither.
     """
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
-    kind = AutoModelForSequenceClassification if training else AutoModel
-    head = {"num_labels": 2} if training else {}
+    kind = {"eval": AutoModel, "train": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM}[mode]
+    head = {"num_labels": 2} if mode == "train" else {}
     if name in MODELS:
         model = kind.from_config(MODELS[name].config(**head))
     elif Path(name, "config.json").is_file():
         model = kind.from_pretrained(name, **head)
     else:
         raise ValueError(f"{name!r} is neither one of {', '.join(MODELS)} nor a folder with a config.json")
-    return model.train(training)
+    return model.train(mode != "eval")
 
 
 def ragged_lengths(count: int, longest: int = 92, seed: int = 0) -> list[int]:
@@ -106,6 +110,15 @@ class Batch:
     def inputs(self) -> dict[str, torch.Tensor]:
         """The keyword arguments of a model's ``forward``."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def labels(self, mode: str) -> torch.Tensor | None:
+        """What a model of ``build_model`` in that mode learns: a class [B], or 15% of the real tokens [B, S], -100 elsewhere."""
+        if mode == "eval":
+            return None
+        if mode == "train":
+            return torch.arange(self.input_ids.shape[0], device=self.input_ids.device) % 2
+        chosen = torch.rand(self.input_ids.shape, generator=torch.Generator().manual_seed(0)).to(self.input_ids.device) < LABELLED
+        return torch.where(chosen & self.attention_mask.bool(), self.input_ids, -100)
 
     def to(self, device: str) -> "Batch":
         return Batch(self.name, self.input_ids.to(device), self.attention_mask.to(device))

@@ -24,7 +24,7 @@ from roberta_fast.report import stock_clone
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "tiny", "--batch-size", "4", "--longest", "20", "--dense", "2x16", "--repeats", "2", "--device", "cpu"]
 SMALL += ["--peers", "huggingface-eager,roberta_fast"]
-OPERATIONS = ("add_layer_norm", "attention", "cross_entropy", "linear", "linear_gelu", "pack")
+OPERATIONS = (*gpu.OPERATIONS, "int8_linear")  # which is served on CPU alone
 
 
 @pytest.fixture
@@ -103,9 +103,9 @@ class TestMeasure:
 class TestEncoder:
     def test_end_to_end(self, capsys, tmp_path):
         path = tmp_path / "results" / "machine.json"
-        assert bench("--train", "--json", str(path)) == 0
+        assert bench("--modes", "eval,train,mlm", "--json", str(path)) == 0
         runs = json.loads(path.read_text())["runs"]
-        assert [run["mode"] for run in runs] == ["eval", "train"]
+        assert [run["mode"] for run in runs] == ["eval", "train", "mlm"]
         for run in runs:
             batches = ["ragged", "dense"] + ["latency"] * (run["mode"] == "eval")
             names = ("huggingface-sdpa", "huggingface-eager", "roberta_fast")
@@ -116,7 +116,7 @@ class TestEncoder:
         printed = capsys.readouterr().out
         assert "`roberta_fast`" in printed and "fine-tuning step" in printed and report.encoder_section(runs[0]) in printed
 
-    @pytest.mark.parametrize("mode", [[], ["--train-only"]], ids=["eval", "train"])
+    @pytest.mark.parametrize("mode", [[], ["--modes", "train"], ["--modes", "mlm"]], ids=["eval", "train", "mlm"])
     def test_a_wrong_weight_leaves_no_number(self, capsys, tmp_path, monkeypatch, mode):
         def build(model):
             broken = stock_clone(model)
@@ -150,7 +150,7 @@ class TestEncoder:
             def forward(self, **batch):
                 return (self.model(**batch)[0] * 1.0001,)
 
-        self.assert_red(build, capsys, tmp_path, monkeypatch, "--train-only")
+        self.assert_red(build, capsys, tmp_path, monkeypatch, "--modes", "train")
 
     @staticmethod
     def assert_red(build, capsys, tmp_path, monkeypatch, *arguments):
@@ -185,7 +185,7 @@ class TestEncoder:
             (["--model", "robrta"], "argument --model: 'robrta' is neither"),
             (["--peers", "roberta_fast,onnx"], "argument --peers: 'onnx' is not one of"),
             (["--scaling", "--lengths", "3"], "argument --lengths: the batches of --scaling"),
-            (["--scaling", "--train"], "argument --train: --scaling measures inference"),
+            (["--scaling", "--modes", "eval,train"], "argument --modes: --scaling measures inference, not eval,train"),
             (["--lengths", "3,500"], "argument --lengths: lengths must be from 1 to 128"),
             (["--lengths", "3,x"], "argument --lengths: 'x' is not a whole number"),
             (["--longest", "129"], "argument --longest: lengths must be from 1 to 128"),
@@ -239,7 +239,7 @@ class TestOperations:
         module = importlib.import_module(f"roberta_fast.benchmarks.bench_{name}")
         cases = list(module.cases("cpu", shapes.OPERATION_SIZES["tiny"]))
         directions = {case.direction for case in cases}
-        assert directions in ({operations.FORWARD, operations.BACKWARD}, {operations.STEP})
+        assert directions in ({operations.FORWARD, operations.BACKWARD}, {operations.FORWARD}, {operations.STEP})
         for case in cases[:2]:
             for record in operations.measure_case(case, 1):
                 assert record.get("rate", 0) > 0, record
@@ -328,7 +328,9 @@ class TestGpu:
         assert done.returncode == 0 and done.stdout.endswith("all done\n"), done.stdout
         (results,) = (tmp_path / "results").glob("*.json")
         kinds = [(run["kind"], run.get("operation", run.get("mode"))) for run in json.loads(results.read_text())["runs"]]
-        wanted = [("operation", name) for name in ("limits", *OPERATIONS)] + [("encoder", "eval"), ("encoder", "train")]
+        wanted = [("operation", name) for name in ("limits", *gpu.OPERATIONS)] + [
+            ("encoder", mode) for mode in ("eval", "train", "mlm")
+        ]
         assert sorted(kinds) == sorted(wanted)
 
     @staticmethod
