@@ -122,8 +122,9 @@ def extensions(torch, cpp_extension, cuda_sources: list[str]) -> list[Extension]
     return [
         Extension(
             "roberta_fast._C",
-            ["csrc/bindings.cpp"],
-            include_dirs=[pybind11.get_include()],
+            ["csrc/bindings.cpp", *sorted(glob("csrc/data/*.cpp"))],
+            include_dirs=[pybind11.get_include(), str(Path("csrc").resolve())],
+            depends=headers,
             define_macros=[(name, f'"{value}"') for name, value in facts.items()],
             extra_compile_args={"cxx": CXX_FLAGS},
             language="c++",

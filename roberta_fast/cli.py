@@ -10,6 +10,7 @@ COMMANDS = {
     "convert": ("roberta_fast.fairseq", "a fairseq RoBERTa checkpoint into a Hugging Face model"),
     "finetune": ("roberta_fast.training.cli", "a model on a task: classification, ner, qa, translation, generation"),
     "predict": ("roberta_fast.training.prediction", "what a fine-tuned model says of new data"),
+    "pretrain": ("roberta_fast.training.pretraining.command", "RoBERTa from text: `prepare` tokenizes it, without it trains"),
     "bench": ("roberta_fast.benchmarks.encoder", "the encoder against its peers, in one run"),
 }
 

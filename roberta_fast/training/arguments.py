@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,14 +163,23 @@ class GenerationArguments(DataArguments):
     top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability")
 
 
-def parse(command: str, description: str, argv: Sequence[str], *dataclasses_: type, training: str) -> tuple:
+def parse(
+    command: str,
+    description: str,
+    argv: Sequence[str],
+    *dataclasses_: type,
+    training: str,
+    training_help: Mapping[str, str] = MAIN_TRAINING_FLAGS,
+    presets: Callable[..., Mapping] | None = None,
+) -> tuple:
     """The flags of ``argv`` as one object of each dataclass, and one of the training arguments.
 
     ``--config FILE``, json or yaml, holds flags by name; those on the command line override it. training: where the dataclass of
-    the training arguments is, ``"module:name"``; it is imported only when its flags are needed, not for the short help.
-    Exits with status 2 and one line for a flag or a value that does not exist.
+    the training arguments is, ``"module:name"``; it is imported only when its flags are needed, not for the short help, which
+    shows ``training_help`` of it. presets: given those objects, the flags by name that the others override.
+    Exits with one line for a flag or a value that does not exist, with status 2 where it is argparse that finds it.
     """
-    short = _parser(command, description, dataclasses_, epilog=_training_help())
+    short = _parser(command, description, dataclasses_, epilog=_training_help(training_help))
     short.add_argument("--config", metavar="FILE", help="json or yaml with flags by name; the command line overrides it")
     short.add_argument("--help_all", action="store_true", help="this help, with every flag of transformers.TrainingArguments")
     if "-h" in argv or "--help" in argv or not argv:
@@ -185,10 +195,13 @@ def parse(command: str, description: str, argv: Sequence[str], *dataclasses_: ty
         raise SystemExit(0)
     config, _ = _ConfigOnly(prog=short.prog).parse_known_args(argv)
     try:
-        before = config_flags(config.config, full) if config.config else []
-        *parsed, _, unknown = full.parse_args_into_dataclasses(
-            [*before, *argv], return_remaining_strings=True, look_for_args_file=False
-        )
+        given = [*(config_flags(config.config, full) if config.config else []), *argv]
+        if presets:
+            lighter = _parser(command, description, dataclasses_)
+            lighter.allow_abbrev = False  # of the flags that it does not know, none is short for another
+            known = lighter.parse_args_into_dataclasses(given, return_remaining_strings=True, look_for_args_file=False)
+            given = [*_as_command_line(presets(*known[: len(dataclasses_)])), *given]
+        *parsed, _, unknown = full.parse_args_into_dataclasses(given, return_remaining_strings=True, look_for_args_file=False)
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no flag of this command, or a value too many")
     except (ValueError, OSError, ImportError) as error:
@@ -211,15 +224,19 @@ def config_flags(file: str | Path, parser: argparse.ArgumentParser) -> list[str]
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected flags by name, got a {type(loaded).__name__}")
     known = {action.dest for action in parser._actions}
-    flags = []
-    for name, value in loaded.items():
+    for name in loaded:
         if name not in known:
             raise ValueError(f"{path}: {name!r} is no flag of this command")
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{name}", *(json.dumps(value) if isinstance(value, dict) else str(value) for value in values)]
-    return flags
+    return _as_command_line(loaded)
+
+
+def _as_command_line(flags: Mapping) -> list[str]:
+    line = []
+    for name, value in flags.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            line += [f"--{name}", *(json.dumps(value) if isinstance(value, dict) else str(value) for value in values)]
+    return line
 
 
 def _load(path):
@@ -267,8 +284,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"usage: {self._prog} [--config FILE] [--flag value ...]\n\n"
 
 
-def _training_help():
-    rows = "\n".join(f"  {'--' + name:<31} {text}" for name, text in MAIN_TRAINING_FLAGS.items())
+def _training_help(flags):
+    rows = "\n".join(f"  {'--' + name:<31} {text}" for name, text in flags.items())
     return f"training (all of transformers.TrainingArguments; --help_all shows the rest):\n{rows}"
 
 

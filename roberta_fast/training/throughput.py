@@ -31,12 +31,13 @@ class Throughput:
     """Counts the real tokens of training steps and the model's arithmetic on them, without waiting for the device at each step.
 
     A step on texts of s tokens takes 6·N·s + 12·L·C·s² operations, forward and backward: N parameters outside the embeddings,
-    L layers of width C (Chowdhery et al., "PaLM", appendix B). Encoder-decoders are counted half by half.
-    Recomputation is not counted.
+    L layers of width C (Chowdhery et al., "PaLM", appendix B). Encoder-decoders are counted half by half. Where an output has the
+    weights of the embeddings, these count 6 operations for each token with a label. Recomputation is not counted.
     """
 
     def __init__(self, model: nn.Module):
         self.parts = list(_parts(model))
+        self.tied = _tied_output(model)
         self.tokens = self.flops = 0
         self.seconds, self._since = 0.0, None
 
@@ -60,6 +61,8 @@ class Throughput:
             self.flops = self.flops + 6 * parameters * tokens + 12 * width * squares
             if index == 0:
                 self.tokens = self.tokens + tokens
+        if self.tied and inputs.get("labels") is not None:
+            self.flops = self.flops + 6 * self.tied * (inputs["labels"] != -100).sum()
 
     def drain(self) -> tuple[int, float, float]:
         """(tokens, operations, seconds) since the last call; waits for the device."""
@@ -80,6 +83,14 @@ def _parts(model):
         yield _size(model.decoder), _layers_by_width(config.decoder), "labels"
     elif config is not None:
         yield _size(model), _layers_by_width(config), "attention_mask"
+
+
+def _tied_output(model):
+    """Elements of the output's weights where they are an embedding's, which no part counts; 0 else."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(output, "weight", None)
+    embeddings = (m.weight for m in model.modules() if isinstance(m, nn.Embedding))
+    return weight.numel() if weight is not None and any(weight is e for e in embeddings) else 0
 
 
 def _size(module):

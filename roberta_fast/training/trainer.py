@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -22,10 +23,14 @@ from transformers.trainer_utils import rotate_checkpoints, seed_worker
 
 from roberta_fast.accelerate import accelerate_model
 from roberta_fast.training.batching import TokenBatchSampler
-from roberta_fast.training.checkpoints import STAGING, last_complete_checkpoint, publish
+from roberta_fast.training.checkpoints import STAGING, last_complete_checkpoint, publish, write_checksums
 from roberta_fast.training.throughput import Throughput, peak_flops
 
 TOKENS_PER_BATCH = 2048
+
+
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written."""
 
 
 class NotFiniteError(FloatingPointError):
@@ -215,12 +220,15 @@ class _FastTraining:
             values.append(float(grad_norm))
         is_bad = torch.tensor(float(not all(map(math.isfinite, values))), device=self.args.device)
         if self.accelerator.reduce(is_bad).item():
-            last = last_complete_checkpoint(self.args.output_dir)
             raise NotFiniteError(
                 f"the loss or its gradient is not finite at step {self.state.global_step} (loss {values[0]}, gradient norm "
-                f"{values[-1]}); {f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}. "
+                f"{values[-1]}); {self._last_good_checkpoint()}. "
                 f"A lower learning_rate (now {self.args.learning_rate}), a longer warm-up or bf16 in place of fp16 may help"
             )
+
+    def _last_good_checkpoint(self):
+        last = last_complete_checkpoint(self.args.output_dir)
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trainer's; ``True`` resumes from the last complete checkpoint of the output folder, or begins where there is none."""
@@ -243,6 +251,12 @@ class _FastTraining:
         self._staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
+        # torch and safetensors tell of a full disk in errors of their own.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.global_step} cannot be written: {error}; {self._last_good_checkpoint()}"
+            ) from error
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
@@ -252,6 +266,7 @@ class _FastTraining:
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            write_checksums(staging / name)
             publish(staging / name, folder / name)
             shutil.rmtree(staging, ignore_errors=True)
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)

@@ -23,6 +23,7 @@ NEEDED = {
     "fairseq": ("sapiens",),
     "int8": (MODEL,),
     "peft": ("peft", MODEL),
+    "pretraining": ("accelerate", "datasets", "matplotlib"),
     "sentence-transformers": ("sentence_transformers", "datasets", MODEL),
     "trainer": ("accelerate", "datasets", MODEL),
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import RobertaForSequenceClassification
+from transformers import RobertaForMaskedLM, RobertaForSequenceClassification
 
 from roberta_fast.testing import TINY, randomize, tiny_config
 from roberta_fast.training import FastTrainer, FastTrainingArguments, NotFiniteError
@@ -84,6 +84,13 @@ def test_the_arithmetic_of_a_step():
     assert tokens == 11 and seconds > 0
     assert flops == 6 * parameters * 11 + 12 * 2 * TINY["hidden_size"] * (49 + 16)
     assert counted.drain()[0] == 0
+    tied = Throughput(RobertaForMaskedLM(model.config))
+    batch = {"input_ids": torch.zeros(1, 7), "labels": torch.tensor([[-100, 5, -100, 6, 7, -100, -100]])}
+    flops = []
+    for labels in (batch["labels"], None):
+        tied.add({**batch, "labels": labels})
+        flops.append(tied.drain()[1])
+    assert flops[0] - flops[1] == 6 * 3 * TINY["vocab_size"] * TINY["hidden_size"]
     assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
 
 

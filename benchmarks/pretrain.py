@@ -1,0 +1,105 @@
+"""Pretrains a model on given text from scratch and records the run: config, command, curve, speed, masks filled.
+
+``python benchmarks/pretrain.py --text FILES --vocab vocab.json --merges merges.txt --work DIR --json FILE`` prepares the text in
+DIR, a paragraph a line, 1% of it for validation, and trains as the flags say; those behind ``--`` go to ``roberta-fast pretrain``
+as they are. What an interrupted call has left in DIR is taken up by the same one. The model stays in DIR/model.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import pipeline
+
+from roberta_fast.benchmarks import measure
+from roberta_fast.cli import main as command
+from roberta_fast.training.pretraining.corpus import read_index
+from roberta_fast.training.report import write_json
+
+# Of a small model on two cores: short blocks first, on which attention learns soonest where to look.
+FLAGS = {
+    "recipe": "modern",
+    "config_name": "mini",
+    "max_seq_length": "128",
+    "global_batch_size": "0",
+    "per_device_train_batch_size": "32",
+    "per_device_eval_batch_size": "32",
+    "learning_rate": "2e-3",
+    "hidden_dropout": "0",
+    "length_warmup_start": "8",
+    "eval_strategy": "steps",
+    "eval_steps": "0.1",
+    "max_eval_samples": "256",
+    "save_strategy": "steps",
+    "save_steps": "0.05",
+    "logging_steps": "0.01",
+    "disable_tqdm": "True",
+}
+SENTENCES = (
+    "The capital of France is <mask>.",
+    "He opened the <mask> and went into the house.",
+    "The package contains the <mask> files of the library.",
+    "She said that she would be very <mask> to see him.",
+    "The president of the United <mask> spoke to the Congress.",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepares, trains, fills masks, and writes the record; returns the exit status of the step that failed, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", required=True, help="files, a paragraph a line")
+    parser.add_argument("--vocab", required=True, help="vocab.json of a byte-level BPE")
+    parser.add_argument("--merges", required=True, help="its merges.txt")
+    parser.add_argument("--work", type=Path, required=True, help="where corpus and model go")
+    parser.add_argument("--steps", type=int, default=20_000, help="optimizer steps, default 20,000; a quarter on shorter blocks")
+    parser.add_argument("--json", type=Path, help="where the record goes, benchmarks/results/pretrain.json say")
+    parser.add_argument("flags", nargs="*", help="flags of roberta-fast pretrain, behind --")
+    options = parser.parse_args(argv)
+    corpus, model = options.work / "corpus", options.work / "model"
+    prepare = ["--input", *options.text, "--document_separator", "line", "--validation_split_percentage", "1"]
+    prepare += ["--vocab", options.vocab, "--merges", options.merges, "--output", str(corpus)]
+    if not corpus.exists():
+        status = command(["pretrain", "prepare", *prepare])
+        if status:
+            return status
+    flags = {**FLAGS, "max_steps": str(options.steps), "length_warmup_steps": str(options.steps // 4)}
+    train = ["--data", str(corpus), "--output_dir", str(model), "--resume_from_checkpoint", "last"]
+    train += [part for name, value in flags.items() for part in (f"--{name}", value)]
+    status = command(["pretrain", *train, *options.flags])
+    if status:
+        return status
+    record = record_of(model, corpus, [*train, *options.flags], [Path(text).name for text in options.text])
+    for sentence, words in record["filled"].items():
+        print(f"{sentence}  {', '.join(words)}")
+    if options.json:
+        write_json(options.json, record)
+        print(f"written: {options.json}")
+    return 0
+
+
+def record_of(model: Path, corpus: Path, flags: list[str], texts: list[str]) -> dict:
+    """What a result holds of the run in ``model``, machine paths left out."""
+    run, index = json.loads((model / "metrics.json").read_text()), read_index(corpus)
+    private = {"--data", "--output_dir"}
+    shown = [part for i, part in enumerate(flags) if part not in private and (i == 0 or flags[i - 1] not in private)]
+    splits = {name: {k: v for k, v in split.items() if k != "shards"} for name, split in index["splits"].items()}
+    curve = ("step", "loss", "eval_loss", "eval_perplexity", "learning_rate", "tokens_per_second", "mfu", "corpus_epoch")
+    fill = pipeline("fill-mask", str(model), top_k=5)
+    return {
+        "benchmark": "pretrain",
+        "command": " ".join(["roberta-fast pretrain --data CORPUS --output_dir MODEL", *shown]),
+        "texts": texts,
+        "corpus": {"vocab_size": index["vocab_size"], "bytes": index["bytes"], "splits": splits},
+        "config": json.loads((model / "config.json").read_text()),
+        "parameters": run["parameters"],
+        "metrics": run["metrics"],
+        "curve": [{name: entry[name] for name in curve if name in entry} for entry in run["log_history"]],
+        "filled": {sentence: [word["token_str"].strip() for word in fill(sentence)] for sentence in SENTENCES},
+        "environment": measure.environment("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

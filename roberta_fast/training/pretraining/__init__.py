@@ -1,0 +1,1 @@
+"""Pretraining: text into tokens, tokens into masked blocks, blocks into a model."""
