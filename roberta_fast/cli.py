@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "demo": ("roberta_fast.demo", "a real model on real text, stock and accelerated, side by side"),
     "convert": ("roberta_fast.fairseq", "a fairseq RoBERTa checkpoint into a Hugging Face model"),
+    "serve": ("roberta_fast.serving.server", "a model over HTTP, batched by real tokens"),
     "bench": ("roberta_fast.benchmarks.encoder", "the encoder against its peers, in one run"),
 }
 

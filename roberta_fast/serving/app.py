@@ -1,0 +1,292 @@
+"""The routes: text-embeddings-inference's where it has one for the task, Hugging Face's and OpenAI's forms beside them."""
+
+import asyncio
+import base64
+import logging
+from contextlib import asynccontextmanager
+
+import numpy as np
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+
+import roberta_fast
+from roberta_fast.serving import jobs, page, schemas
+from roberta_fast.serving.engine import Engine, task_of
+from roberta_fast.serving.errors import STATUS, RequestError
+from roberta_fast.serving.guards import Guards
+from roberta_fast.serving.metrics import Measured, Metrics
+from roberta_fast.serving.service import Service
+from roberta_fast.serving.settings import Settings
+
+logger = logging.getLogger("roberta_fast.serving")
+
+OPEN_PATHS = ("/", "/health", "/ready")
+_ERRORS = {
+    "empty": "nothing to compute",
+    "unauthorized": "no valid bearer token",
+    "validation": "too many texts, tokens or bytes",
+    "tokenizer": "a body or a text that cannot be read",
+    "backend": "inference failed, or the served model is of another task",
+    "overloaded": "too many requests: try again",
+    "unhealthy": "not computing",
+    "timeout": "not computed in time",
+}
+_TYPE_OF_STATUS = {status: error_type for error_type, status in STATUS.items()}
+_OTHER_TYPES = {400: "validation", 404: "not_found", 405: "method_not_allowed", 415: "validation", 422: "validation"}
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; it loads the model when it starts. Raises ValueError naming a setting that does not fit the model."""
+    config, task = task_of(settings)
+    metrics = Metrics()
+    service = Service(settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app):
+        engine = await asyncio.to_thread(Engine, settings)
+        logger.info("%s: %s on %s\n%s", settings.model, task, engine.device, engine.explanation())
+        async with service.computing(engine):
+            yield
+
+    app = FastAPI(
+        title=f"roberta_fast: {task}",
+        description="Encoders of the RoBERTa and BERT family, batched by real tokens.",
+        version=roberta_fast.__version__,
+        lifespan=lifespan,
+        dependencies=[] if settings.api_key is None else [Security(HTTPBearer(auto_error=False))],
+        responses={STATUS[name]: {"model": schemas.ErrorResponse, "description": text} for name, text in _ERRORS.items()},
+    )
+    app.add_middleware(Guards, settings.max_request_bytes, settings.api_key, OPEN_PATHS)
+    app.add_middleware(Measured, metrics)
+    app.state.service = service
+    _handle_errors(app)
+    _add_probes(app, service, metrics, task, config)
+    _add_routes(app, service, task)
+    return app
+
+
+def _add_probes(app, service, metrics, task, config):
+    settings = service.settings
+
+    @app.get("/", include_in_schema=False)
+    async def show_page():
+        return HTMLResponse(page.rendered(task, settings.model), headers=page.HEADERS)
+
+    @app.get("/health", response_class=Response)
+    async def health():
+        """200 while requests are being computed."""
+        service.check_health()
+        return Response()
+
+    @app.get("/ready")
+    async def ready() -> dict[str, bool]:
+        """200 once the model is loaded, 503 from the beginning of a shutdown on."""
+        service.check_health()
+        return {"ready": True}
+
+    @app.get("/info", response_model=schemas.InfoResponse)
+    async def info():
+        """The model and the limits."""
+        if task == "embedding":
+            model_type = {"embedding": {"pooling": service.engine.pooling}}
+        elif task == "text-classification":
+            kind = "reranker" if config.num_labels == 1 else "classifier"
+            model_type = {kind: {"id2label": config.id2label, "label2id": config.label2id}}
+        else:
+            model_type = {task: {}}
+        return {
+            "model_id": settings.model,
+            "model_type": model_type,
+            "model_dtype": settings.dtype,
+            "task": task,
+            "precision": settings.precision or settings.dtype,
+            "deterministic": settings.deterministic,
+            "backend": "huggingface" if settings.stock else "roberta_fast",
+            "max_input_length": service.engine.max_length,
+            "max_batch_tokens": settings.max_batch_tokens,
+            "max_batch_requests": settings.max_batch_requests,
+            "max_concurrent_requests": settings.max_queue,
+            "max_client_batch_size": settings.max_client_batch_size,
+            "version": roberta_fast.__version__,
+        }
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def prometheus():
+        """Prometheus' text format, of all workers."""
+        return Response(metrics.exposition(), media_type=metrics.content_type)
+
+
+def _add_routes(app, service, task):
+    """Every route is there whatever the task; those of other tasks answer 424, as text-embeddings-inference does."""
+
+    async def questions(request: Request, pairs, parameters):
+        service.check_task("question-answering")
+        return await service.answer(request, jobs.answer_questions, pairs, parameters or schemas.QuestionAnsweringParameters())
+
+    @app.post("/question", response_model=schemas.AnswerResponse)
+    async def question(body: schemas.Question, request: Request):
+        """The answer to a question in a context of any length."""
+        answered = await questions(request, [(body.question, body.context)], None)
+        return answered.json(lambda answers: _first(answers[0]))
+
+    @app.post("/question-answering", response_model=schemas.AnswerResponse | list[schemas.AnswerResponse])
+    async def question_answering(body: schemas.QuestionAnsweringRequest, request: Request):
+        """Hugging Face's form: an answer, or a list of them where ``top_k`` is above 1; for a list of inputs a list of those."""
+        inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+        answered = await questions(request, [(item.question, item.context) for item in inputs], body.parameters)
+        several = body.parameters is not None and body.parameters.top_k > 1
+        shaped = (lambda answers: answers) if several else _first
+        if isinstance(body.inputs, list):
+            return answered.json(lambda answers: [shaped(item) for item in answers])
+        return answered.json(lambda answers: shaped(answers[0]))
+
+    @app.post("/predict", response_model=list[schemas.PredictionResponse] | list[list[schemas.PredictionResponse]])
+    async def predict(body: schemas.PredictRequest, request: Request):
+        """The labels of a text, of a pair of texts, or of each of a batch, best first."""
+        service.check_task("text-classification")
+        batch = isinstance(body.inputs, list) and not (body.inputs and isinstance(body.inputs[0], str))
+        texts = [tuple(item) for item in body.inputs] if batch else [_parts(body.inputs)]
+        truncation = _truncation(body.truncate, body.truncation_direction)
+        function = "none" if body.raw_scores else None
+        answered = await service.answer(request, jobs.classify, texts, truncation, function, None)
+        return answered.json(lambda results: results if batch else results[0])
+
+    async def text_classification(body: schemas.TextClassificationRequest, request: Request):
+        """Hugging Face's form: for each text its labels, best first."""
+        parameters = body.parameters or schemas.TextClassificationParameters()
+        texts = [(text,) for text in _listed(body.inputs)]
+        options = (_truncation(body.truncate), parameters.function_to_apply, parameters.top_k)
+        return (await service.answer(request, jobs.classify, texts, *options)).json()
+
+    @app.post("/token-classification", response_model=list[schemas.EntityResponse] | list[list[schemas.EntityResponse]])
+    async def token_classification(body: schemas.TokenClassificationRequest, request: Request):
+        """The entities of a text of any length, or of each of a list."""
+        service.check_task("token-classification")
+        parameters = body.parameters or schemas.TokenClassificationParameters()
+        answered = await service.answer(request, jobs.find_entities, _listed(body.inputs), parameters)
+        return answered.json(lambda results: results[0] if isinstance(body.inputs, str) else results)
+
+    @app.post("/embed", response_model=list[list[float]])
+    async def embed(body: schemas.EmbedRequest, request: Request):
+        """An embedding of each text."""
+        service.check_task("embedding")
+        truncation = _truncation(body.truncate, body.truncation_direction)
+        normalize = body.normalize is not False
+        options = (truncation, normalize, body.dimensions, body.prompt_name)
+        return (await service.answer(request, jobs.embed, _listed(body.inputs), *options)).json(_floats)
+
+    @app.post("/similarity", response_model=list[float])
+    async def similarity(body: schemas.SimilarityRequest, request: Request):
+        """The cosine of each sentence with the source sentence."""
+        service.check_task("embedding")
+        parameters = body.parameters or schemas.SimilarityParameters()
+        texts = [body.inputs.source_sentence, *body.inputs.sentences]
+        truncation = _truncation(parameters.truncate, parameters.truncation_direction)
+        answered = await service.answer(request, jobs.embed, texts, truncation, True, None, parameters.prompt_name)
+        return answered.json(lambda vectors: [float(np.dot(vectors[0], vector)) for vector in vectors[1:]])
+
+    @app.post("/rerank", response_model=list[schemas.RankResponse], response_model_exclude_none=True)
+    async def rerank(body: schemas.RerankRequest, request: Request):
+        """The texts by their score for the query, best first."""
+        service.check_task("text-classification")
+        truncation = _truncation(body.truncate, body.truncation_direction)
+        options = (truncation, body.raw_scores, body.return_text)
+        return (await service.answer(request, jobs.rerank, body.query, body.texts, *options)).json()
+
+    @app.post("/fill-mask", response_model=list[schemas.WordResponse] | list[list[schemas.WordResponse]] | list)
+    async def fill_mask(body: schemas.FillMaskRequest, request: Request):
+        """The likeliest words for the mask; a list a mask where a text has several, and a list a text where there are several."""
+        service.check_task("fill-mask")
+        parameters = body.parameters or schemas.FillMaskParameters()
+        answered = await service.answer(request, jobs.fill_masks, _listed(body.inputs), parameters)
+        return answered.json(lambda results: _unnested([_unnested(masks) for masks in results], isinstance(body.inputs, str)))
+
+    @app.post(
+        "/v1/embeddings",
+        response_model=schemas.OpenAIEmbeddingsResponse,
+        responses={status: {"model": schemas.OpenAIError} for status in STATUS.values()},
+    )
+    async def openai_embeddings(body: schemas.OpenAIEmbeddingsRequest, request: Request):
+        """OpenAI's form of ``/embed``."""
+        service.check_task("embedding")
+        answered = await service.answer(request, jobs.embed, _listed(body.input), None, True, body.dimensions)
+
+        def shaped(vectors):
+            values = [_base64(v) for v in vectors] if body.encoding_format == "base64" else _floats(vectors)
+            data = [{"object": "embedding", "embedding": value, "index": i} for i, value in enumerate(values)]
+            usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
+            return {"object": "list", "data": data, "model": body.model or service.settings.model, "usage": usage}
+
+        return answered.json(shaped)
+
+    async def embed_or_compare(body: schemas.EmbedRequest | schemas.SimilarityRequest, request: Request):
+        """As ``/embed``, or as ``/similarity`` where inputs are a source sentence and others."""
+        return await (similarity if isinstance(body, schemas.SimilarityRequest) else embed)(body, request)
+
+    of_task = {
+        "question-answering": question_answering,
+        "text-classification": text_classification,
+        "token-classification": token_classification,
+        "embedding": embed_or_compare,
+        "fill-mask": fill_mask,
+    }
+    app.post("/", summary="The served task, in Hugging Face's form", response_model=None)(of_task[task])
+
+
+def _handle_errors(app):
+    @app.exception_handler(RequestError)
+    async def failed(request, error):
+        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        return _error(request, error.status, error.error_type, error.message, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def unreadable(request, error):
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] == "json_invalid":
+            return _error(request, 400, "validation", "the body is not JSON")
+        return _error(request, 422, "validation", f"{place or 'body'}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    async def refused(request, error):
+        error_type = _OTHER_TYPES.get(error.status_code) or _TYPE_OF_STATUS.get(error.status_code, "validation")
+        return _error(request, error.status_code, error_type, error.detail, error.headers)
+
+
+def _error(request, status, error_type, message, headers=None):
+    if request.url.path.startswith("/v1/"):
+        return JSONResponse({"message": message, "code": status, "type": error_type}, status, headers)
+    return JSONResponse({"error": message, "error_type": error_type}, status, headers)
+
+
+def _first(answers):
+    """The best answer; the empty one where the context holds none."""
+    return answers[0] if answers else {"answer": "", "score": 0.0, "start": 0, "end": 0}
+
+
+def _listed(texts):
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _parts(inputs):
+    return (inputs,) if isinstance(inputs, str) else tuple(inputs)
+
+
+def _truncation(truncate, direction="right"):
+    return (direction or "right").lower() if truncate else None
+
+
+def _unnested(items, alone=True):
+    return items[0] if alone and len(items) == 1 else items
+
+
+def _floats(vectors):
+    # As text a float32 has half the digits that the double of the same value has.
+    return vectors.astype(str).astype(np.float64).tolist()
+
+
+def _base64(vector):
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
