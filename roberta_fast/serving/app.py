@@ -1,8 +1,6 @@
 """The routes: text-embeddings-inference's where it has one for the task, Hugging Face's and OpenAI's forms beside them."""
 
-import asyncio
 import base64
-import logging
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -14,14 +12,11 @@ from starlette.exceptions import HTTPException
 
 import roberta_fast
 from roberta_fast.serving import jobs, page, schemas
-from roberta_fast.serving.engine import Engine, task_of
+from roberta_fast.serving.engine import Engine
 from roberta_fast.serving.errors import STATUS, RequestError
 from roberta_fast.serving.guards import Guards
 from roberta_fast.serving.metrics import Measured, Metrics
 from roberta_fast.serving.service import Service
-from roberta_fast.serving.settings import Settings
-
-logger = logging.getLogger("roberta_fast.serving")
 
 OPEN_PATHS = ("/", "/health", "/ready")
 _ERRORS = {
@@ -38,17 +33,14 @@ _TYPE_OF_STATUS = {status: error_type for error_type, status in STATUS.items()}
 _OTHER_TYPES = {400: "validation", 404: "not_found", 405: "method_not_allowed", 415: "validation", 422: "validation"}
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application; it loads the model when it starts. Raises ValueError naming a setting that does not fit the model."""
-    config, task = task_of(settings)
-    metrics = Metrics()
-    service = Service(settings, metrics)
+def create_app(engine: Engine) -> FastAPI:
+    """The application that serves ``engine``."""
+    settings, task, metrics = engine.settings, engine.task, Metrics()
+    service = Service(engine, metrics)
 
     @asynccontextmanager
     async def lifespan(app):
-        engine = await asyncio.to_thread(Engine, settings)
-        logger.info("%s: %s on %s\n%s", settings.model, task, engine.device, engine.explanation())
-        async with service.computing(engine):
+        async with service.computing():
             yield
 
     app = FastAPI(
@@ -63,17 +55,17 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Measured, metrics)
     app.state.service = service
     _handle_errors(app)
-    _add_probes(app, service, metrics, task, config)
-    _add_routes(app, service, task)
+    _add_probes(app, service, metrics)
+    _add_routes(app, service)
     return app
 
 
-def _add_probes(app, service, metrics, task, config):
-    settings = service.settings
+def _add_probes(app, service, metrics):
+    engine, settings = service.engine, service.settings
 
     @app.get("/", include_in_schema=False)
     async def show_page():
-        return HTMLResponse(page.rendered(task, settings.model), headers=page.HEADERS)
+        return HTMLResponse(page.rendered(engine.task, settings.model), headers=page.HEADERS)
 
     @app.get("/health", response_class=Response)
     async def health():
@@ -90,8 +82,9 @@ def _add_probes(app, service, metrics, task, config):
     @app.get("/info", response_model=schemas.InfoResponse)
     async def info():
         """The model and the limits."""
+        task, config = engine.task, engine.config
         if task == "embedding":
-            model_type = {"embedding": {"pooling": service.engine.pooling}}
+            model_type = {"embedding": {"pooling": engine.pooling}}
         elif task == "text-classification":
             kind = "reranker" if config.num_labels == 1 else "classifier"
             model_type = {kind: {"id2label": config.id2label, "label2id": config.label2id}}
@@ -105,7 +98,7 @@ def _add_probes(app, service, metrics, task, config):
             "precision": settings.precision or settings.dtype,
             "deterministic": settings.deterministic,
             "backend": "huggingface" if settings.stock else "roberta_fast",
-            "max_input_length": service.engine.max_length,
+            "max_input_length": engine.max_length,
             "max_batch_tokens": settings.max_batch_tokens,
             "max_batch_requests": settings.max_batch_requests,
             "max_concurrent_requests": settings.max_queue,
@@ -119,7 +112,7 @@ def _add_probes(app, service, metrics, task, config):
         return Response(metrics.exposition(), media_type=metrics.content_type)
 
 
-def _add_routes(app, service, task):
+def _add_routes(app, service):
     """Every route is there whatever the task; those of other tasks answer 424, as text-embeddings-inference does."""
 
     async def questions(request: Request, pairs, parameters):
@@ -233,7 +226,7 @@ def _add_routes(app, service, task):
         "embedding": embed_or_compare,
         "fill-mask": fill_mask,
     }
-    app.post("/", summary="The served task, in Hugging Face's form", response_model=None)(of_task[task])
+    app.post("/", summary="The served task, in Hugging Face's form", response_model=None)(of_task[service.engine.task])
 
 
 def _handle_errors(app):

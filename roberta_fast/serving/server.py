@@ -6,14 +6,18 @@ import functools
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 from roberta_fast.serving.settings import POOLINGS, TASKS, Settings
 
+logger = logging.getLogger("roberta_fast.serving")
+
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 _SHUTDOWN_SECONDS = 5  # beyond a request's own deadline
+_LOADING_SECONDS = 120  # a worker that is silent for longer is replaced
 
 
 def run(argv: list[str]) -> int:
@@ -28,48 +32,63 @@ def run(argv: list[str]) -> int:
     # Libraries log requests and warn of long texts.
     for name in ("httpx", "transformers.tokenization_utils_base"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    import uvicorn
+
     try:
         settings = _settings(args)
-        from roberta_fast.serving.engine import task_of
-
-        task_of(settings)
+        options = {
+            "host": args.host,
+            "port": args.port,
+            "workers": settings.workers,
+            "log_level": args.log_level,
+            "access_log": args.access_log,
+            "server_header": False,
+            "timeout_graceful_shutdown": round(settings.timeout + _SHUTDOWN_SECONDS),
+            "timeout_worker_healthcheck": _LOADING_SECONDS,
+        }
+        if settings.workers > 1:
+            return _serve_by_workers(settings, options)
+        server = uvicorn.Server(uvicorn.Config(_app(settings), **options))
     except ValueError as error:
         parser.error(str(error))
-    return _serve(settings, args)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises what it handled once more at its end
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    return 0 if server.started else 1
 
 
-def _serve(settings, args):
+def _serve_by_workers(settings, options):
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
-    options = {
-        "factory": True,
-        "host": args.host,
-        "port": args.port,
-        "workers": settings.workers,
-        "log_level": args.log_level,
-        "access_log": args.access_log,
-        "server_header": False,
-        "timeout_graceful_shutdown": round(settings.timeout + _SHUTDOWN_SECONDS),
-    }
-    if settings.workers == 1:
-        server = uvicorn.Server(uvicorn.Config(functools.partial(_app, settings), **options))
-        with contextlib.suppress(KeyboardInterrupt):
-            server.run()
-        return 0 if server.started else 1
+    from roberta_fast.serving.engine import task_of
     from roberta_fast.serving.metrics import SHARED_FOLDER
 
+    task_of(settings)  # rather than in every worker
     with tempfile.TemporaryDirectory(prefix="roberta-fast-metrics-") as folder:
         os.environ[SHARED_FOLDER] = folder
-        config = uvicorn.Config(functools.partial(_app, settings), **options)
-        Multiprocess(config, target=uvicorn.Server(config).run, sockets=[config.bind_socket()]).run()
+        config = uvicorn.Config(functools.partial(_app_of_worker, settings), factory=True, **options)
+        Multiprocess(config, sockets=[config.bind_socket()]).run()
     return 0
+
+
+def _app_of_worker(settings):
+    from uvicorn.config import STARTUP_FAILURE
+
+    try:
+        return _app(settings)
+    except ValueError as error:
+        print(f"roberta-fast serve: error: {error}", file=sys.stderr)
+        raise SystemExit(STARTUP_FAILURE) from None  # by which the others are ended, rather than this one started again
 
 
 def _app(settings):
     from roberta_fast.serving.app import create_app
+    from roberta_fast.serving.engine import Engine
 
-    return create_app(settings)
+    engine = Engine(settings)
+    logger.info("%s: %s on %s\n%s", settings.model, engine.task, engine.device, engine.explanation())
+    return create_app(engine)
 
 
 def _settings(args) -> Settings:

@@ -15,7 +15,6 @@ from roberta_fast.serving.batching import Batcher
 from roberta_fast.serving.engine import Engine
 from roberta_fast.serving.errors import RequestError
 from roberta_fast.serving.metrics import Metrics
-from roberta_fast.serving.settings import Settings
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is there to read it
 PREPARING_THREADS = 2
@@ -41,19 +40,17 @@ class Answered:
 class Service:
     """One worker's engine and its queue."""
 
-    def __init__(self, settings: Settings, metrics: Metrics):
-        self.settings, self.metrics = settings, metrics
-        self.engine: Engine | None = None
+    def __init__(self, engine: Engine, metrics: Metrics):
+        self.engine, self.settings, self.metrics = engine, engine.settings, metrics
         self.batcher: Batcher | None = None
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
 
     @asynccontextmanager
-    async def computing(self, engine: Engine):
-        """Serves with ``engine``; at the end everything that was accepted is computed."""
+    async def computing(self):
+        """Computes what is asked for; at the end everything that was accepted."""
         settings = self.settings
-        self.engine = engine
         self.batcher = Batcher(
-            engine.compute,
+            self.engine.compute,
             settings.max_batch_tokens,
             settings.max_queue,
             settings.timeout,

@@ -1,8 +1,6 @@
-"""Models to serve, and servers: real HTTP on a port of this machine."""
+"""Models to serve, and a server for each task."""
 
 import contextlib
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,8 @@ import transformers
 from transformers import AutoTokenizer
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-httpx = pytest.importorskip("httpx", reason="needs httpx")
+
+from servers import served
 
 LABELS = {
     "question-answering": None,
@@ -49,31 +48,6 @@ def model_folder(checkpoint, tmp_path_factory):
         return made[task]
 
     return folder
-
-
-@contextlib.contextmanager
-def served(**settings):
-    """An httpx.Client of a server in a thread of this process, with ``server`` and ``service`` beside it."""
-    import uvicorn
-
-    from roberta_fast.serving.app import create_app
-    from roberta_fast.serving.settings import Settings
-
-    app = create_app(Settings(threads=1, **settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=20))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.02)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            client.service = app.state.service
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="session")
