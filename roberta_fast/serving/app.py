@@ -99,7 +99,7 @@ def _add_probes(app, service, metrics):
             "deterministic": settings.deterministic,
             "backend": "huggingface" if settings.stock else "roberta_fast",
             "max_input_length": engine.max_length,
-            "max_batch_tokens": settings.max_batch_tokens,
+            "max_batch_tokens": engine.max_batch_tokens,
             "max_batch_requests": settings.max_batch_requests,
             "max_concurrent_requests": settings.max_queue,
             "max_client_batch_size": settings.max_client_batch_size,

@@ -67,7 +67,7 @@ class Batcher:
         self._waiting: deque[_Request] = deque()
         self._wake, self._closing, self._task = asyncio.Event(), False, None
         self.admitted_requests = self.waiting_tokens = 0
-        self._seconds_a_token = 0.0
+        self._computing_tokens, self._seconds_a_token = 0, 0.0
 
     def start(self) -> None:
         """Begins to compute, on the running event loop."""
@@ -88,7 +88,7 @@ class Batcher:
     @property
     def expected_wait(self) -> float:
         """Seconds that a request would wait now, by the speed of the last batches."""
-        return self.waiting_tokens * self._seconds_a_token
+        return (self.waiting_tokens + self._computing_tokens) * self._seconds_a_token
 
     @contextmanager
     def admitted(self):
@@ -133,9 +133,9 @@ class Batcher:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            begun = time.monotonic()
+            begun, self._computing_tokens = time.monotonic(), sum(request.feeds[i].cost for request, i in batch)
             outputs = await loop.run_in_executor(self._worker, self._outputs, [request.feeds[i] for request, i in batch])
-            self._measure(batch, time.monotonic() - begun)
+            self._measure(len(batch), time.monotonic() - begun)
             for (request, i), output in zip(batch, outputs, strict=True):
                 _deliver(request, i, output)
 
@@ -166,9 +166,9 @@ class Batcher:
             logger.error("a batch of %d sequences failed: %s", len(feeds), where_it_failed(error))
             return [error] if len(feeds) == 1 else [output for feed in feeds for output in self._outputs([feed])]
 
-    def _measure(self, batch, seconds):
-        tokens = sum(request.feeds[i].cost for request, i in batch)
-        self._observe(len(batch), tokens, seconds)
+    def _measure(self, sequences, seconds):
+        tokens, self._computing_tokens = self._computing_tokens, 0
+        self._observe(sequences, tokens, seconds)
         latest = seconds / tokens
         self._seconds_a_token += (latest - self._seconds_a_token) * (0.2 if self._seconds_a_token else 1.0)
 

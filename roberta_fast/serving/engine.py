@@ -20,6 +20,8 @@ from roberta_fast.serving.settings import POOLINGS, TASKS, Settings
 PADDING = {False: 3.0, True: 1.25}
 # What a masked token's logits take, in tokens of a batch: their memory is that of some dozen hidden states.
 MASKED_TOKEN_COST = 16
+# On CPU a larger batch is no faster a token, and all of its texts wait for the last.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
 _ENDINGS = {
     "ForQuestionAnswering": "question-answering",
@@ -45,14 +47,15 @@ class Feed(NamedTuple):
 class Engine:
     """Loads what ``settings`` name and computes with it.
 
-    task: a key of ``TASKS``. max_length: tokens that the model takes, special ones included. prompts: what embedding models want
-    before a text, by name. Raises ValueError naming the setting that does not fit.
+    task: a key of ``TASKS``. max_length: tokens that the model takes, special ones included. max_batch_tokens: a batch's budget.
+    prompts: what embedding models want before a text, by name. Raises ValueError naming the setting that does not fit.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.config, self.task = task_of(settings)
         self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.max_batch_tokens = settings.max_batch_tokens or BATCH_TOKENS[self.device]
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.tokenizer = _loaded(AutoTokenizer, settings.model)

@@ -123,7 +123,7 @@ def _parser():
     add("--deterministic", action="store_true", help="the same bits whatever a text is batched with")
     add("--stock", action="store_true", help="plain Hugging Face, not accelerated, for comparison")
     add("--pooling", choices=POOLINGS, help="of embeddings (default: what the model's folder says, else mean)")
-    add("--max-batch-tokens", type=_positive, default=defaults.max_batch_tokens, help="a batch's budget (default: %(default)s)")
+    add("--max-batch-tokens", type=_positive, help="a batch's budget (default: 1024 on cpu, 16384 on cuda)")
     add("--max-batch-requests", type=_positive, help="sequences in a batch (default: any number)")
     add(
         "--max-queue",

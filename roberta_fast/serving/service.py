@@ -18,6 +18,7 @@ from roberta_fast.serving.metrics import Metrics
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is there to read it
 PREPARING_THREADS = 2
+PATIENCE = 0.5  # of a request's time may pass in the queue; where more would, it is told at once
 
 
 @dataclass
@@ -51,9 +52,9 @@ class Service:
         settings = self.settings
         self.batcher = Batcher(
             self.engine.compute,
-            settings.max_batch_tokens,
+            self.engine.max_batch_tokens,
             settings.max_queue,
-            settings.timeout,
+            settings.timeout * PATIENCE,
             settings.max_batch_requests,
             self.metrics.observe_batch,
         )

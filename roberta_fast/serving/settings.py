@@ -25,7 +25,7 @@ class Settings:
     stock: bool = False
     pooling: str | None = None
     threads: int | None = None
-    max_batch_tokens: int = 4096
+    max_batch_tokens: int | None = None
     max_batch_requests: int | None = None
     max_queue: int = 512
     max_client_batch_size: int = 32
