@@ -15,7 +15,7 @@ from roberta_fast.benchmarks import measure, shapes
 from roberta_fast.testing import assert_close_as_torch
 
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-FORWARD, BACKWARD = "forward", "backward"
+FORWARD, BACKWARD, STEP = "forward", "backward", "forward and backward"
 
 # torch's own fused kernels sum in another order than its composition: held to the same function, not to the same rounding.
 PEER_SLACK = 8

@@ -7,20 +7,22 @@ layer gets its attention mask; called in any other way it is the stock layer.
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 from transformers.models.roberta.modeling_roberta import RobertaEncoder as StockRobertaEncoder
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from roberta_fast import int8, padding_mask
+from roberta_fast import heads, int8, padding_mask
+from roberta_fast.decoding import DecoderCall
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
+    LANGUAGE_MODELS,
+    ROLES,
     Family,
     family_of,
     family_of_encoder,
@@ -28,12 +30,14 @@ from roberta_fast.families import (
     layer_parts,
     unwrapped,
 )
-from roberta_fast.layer import NOT_DETERMINISTIC, SEE_EACH_OTHER, FastLayer, is_watched
+from roberta_fast.layer import NOT_DETERMINISTIC, SEE_EACH_OTHER, FastLayer, is_watched, layer_objection
+from roberta_fast.ops.registration import TRANSFORMED, is_transformed
 from roberta_fast.options import FastOptions
 from roberta_fast.packing import PackedBatch
+from roberta_fast.reporting import Reporting
 
 
-class FastEncoder:
+class FastEncoder(Reporting):
     """Mixin before a stock encoder class: packs, runs the layers, unpacks."""
 
     fast_options = FastOptions()
@@ -54,29 +58,34 @@ class FastEncoder:
     ) -> ModelOutput:
         """The encoder's output, ``last_hidden_state`` [B, S, C], zeros at padding.
 
-        hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, or None. Any 4D mask, decoder
-        mode, a cache, cross-attention or requested attentions take the stock path. Texts laid one after the other in one row
-        come with ``cu_seq_lens_q`` and ``max_length_q``, as from ``DataCollatorWithFlattening``, and do not see each other.
+        hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, or None. A decoder attends causally,
+        to encoder_hidden_states [B, R, C] under encoder_attention_mask [B, R], and to the T tokens that a dynamic cache in
+        past_key_values has, which it fills: attention_mask is [B, T + S] then. Other 4D masks and caches, and requested
+        attentions, take the stock path. Texts laid one after the other in one row come with ``cu_seq_lens_q`` and
+        ``max_length_q``, as from ``DataCollatorWithFlattening``, and do not see each other.
         Raises ValueError naming a mask that does not fit, or a parameter of another dtype.
         """
         if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() != 3 or hidden_states.shape[1] == 0:
             got = tuple(hidden_states.shape) if isinstance(hidden_states, torch.Tensor) else type(hidden_states).__name__
             raise ValueError(f"hidden_states must be [B, S, C] with S >= 1, got {got}")
-        mask = padding_mask.padding_of(attention_mask)
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == 1:
-            mask = mask.expand(hidden_states.shape[0], -1)
-        collected = _active_collector.get() or ()
+        mask = _for_all(padding_mask.padding_of(attention_mask), hidden_states)
+        cross_mask = _for_all(padding_mask.padding_of(encoder_attention_mask), hidden_states)
+        call = DecoderCall(encoder_hidden_states, cross_mask, past_key_values)
+        collected, config, flattened = _active_collector.get() or (), _config_of(self), kwargs.get("cu_seq_lens_q")
+        decodes = bool(getattr(config, "is_decoder", False))
         reason = (
             encoder_objection(self)
-            or _call_objection(encoder_hidden_states, past_key_values, collected)
-            or _mask_objection(mask, _config_of(self))
+            or _call_objection(call, decodes, collected)
+            or _mask_objection(mask, config)
+            or (_mask_objection(cross_mask, config) if decodes else None)
+            or (self._decoder_objection(call, mask, flattened is not None) if decodes else None)
         )
-        flattened = kwargs.get("cu_seq_lens_q")
         if reason:
-            if flattened is not None and "flash" not in str(_config_of(self)._attn_implementation):
+            if flattened is not None and "flash" not in str(config._attn_implementation):
                 raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {SEE_EACH_OTHER}")
-            self._report(reason)
-            if isinstance(mask, torch.Tensor) and mask.shape == hidden_states.shape[:2]:
+            forbidden = NOT_DETERMINISTIC if self.fast_options.deterministic else None
+            self._report(self.stock_calls, "takes the stock path", "the stock path would run", reason, forbidden)
+            if not decodes and isinstance(mask, torch.Tensor) and mask.shape == hidden_states.shape[:2]:
                 attention_mask = padding_mask.stock_mask(layer_parts(self.layer[0]).attention, mask, hidden_states)
             decoding = {
                 "encoder_hidden_states": encoder_hidden_states,
@@ -86,29 +95,43 @@ class FastEncoder:
             }
             given = {name: value for name, value in decoding.items() if value is not None}
             return self.stock.forward(self, hidden_states, attention_mask, **given, **kwargs)
-        if mask is not None and mask.shape != hidden_states.shape[:2]:
-            expected, got = tuple(hidden_states.shape[:2]), tuple(mask.shape)
-            raise ValueError(f"attention_mask must be [B, S] = {expected} as hidden_states has it, got {got}")
+        _check_mask("attention_mask", mask, "hidden_states", hidden_states, call.past)
         if flattened is not None and mask is not None:
             raise ValueError(f"attention_mask must be None where cu_seq_lens_q divides the row, got {tuple(mask.shape)}")
         batch = (
-            PackedBatch.of(hidden_states, mask, self.fast_options)
+            PackedBatch.of(hidden_states, None if call.past else mask, self.fast_options)
             if flattened is None
             else PackedBatch.of_flattened(hidden_states, flattened, kwargs.get("max_length_q"), self.fast_options)
         )
+        arguments, result = (), {}
+        if decodes:
+            _check_mask("encoder_attention_mask", cross_mask, "encoder_hidden_states", encoder_hidden_states)
+            heads = layer_parts(self.layer[0]).attention.num_attention_heads
+            decoding, encoder_rows = call.decoding(batch, mask, len(self.layer), heads)
+            batch, arguments = batch._replace(decoding=decoding), (encoder_rows,)
+            result = {"past_key_values": past_key_values if use_cache else None}
         if self._computes_in_int8(hidden_states):
             batch = batch._replace(int8=True)
         watched = "hidden_states" in collected or any(is_watched(layer) for layer in self.layer)
         rows = hidden_states if watched else batch.pack(hidden_states)
+        recomputes = self.fast_options.recompute == "layer" and torch.is_grad_enabled()
+        # As Hugging Face's checkpointing has it: what is computed twice fills no cache.
+        cache = {"past_key_values": past_key_values} if decodes and not (recomputes and not call.past) else {}
         try:
             for layer in self.layer:
-                rows = layer(rows, batch)
+                call_layer = functools.partial(checkpoint, layer, use_reentrant=False) if recomputes else layer
+                rows = call_layer(rows, batch, *arguments, **cache)
         except (RuntimeError, ValueError) as error:
             mixed = _mixed_dtype(self, hidden_states.dtype)
             if mixed is None:
                 raise
             raise ValueError(mixed) from error
-        return self.family.output(last_hidden_state=rows if watched else batch.unpack(rows))
+        return self.family.output(last_hidden_state=rows if watched else batch.unpack(rows), **result)
+
+    def _decoder_objection(self, call, mask, flattened):
+        """Why a decoder takes the stock path in this call, or None: one of its layers never does so alone."""
+        own = (layer_objection(layer, layer_parts(layer)) for layer in map(unwrapped, self.layer))
+        return next(filter(None, own), None) or call.objection(self.layer, mask, flattened)
 
     def _computes_in_int8(self, hidden_states: torch.Tensor) -> bool:
         """Whether layers use their 8-bit weights in this call, where the options ask for it; reports where not all do."""
@@ -120,37 +143,19 @@ class FastEncoder:
             raise RuntimeError(f"roberta_fast: the layers would compute in fp32, {reason}, {int8.RELEASED}")
         missing = next((layer.int8 for layer in layers if isinstance(layer.int8, str)), None)
         if not self.training and (reason or missing):  # training in fp32 is no surprise
-            self._report_fp32(reason or f"8-bit weights: {missing}")
+            reason_or_missing = reason or f"8-bit weights: {missing}"
+            self._report(self.fp32_calls, "computes in fp32", "layers would compute in fp32", reason_or_missing)
         return reason is None
-
-    def _report(self, reason: str) -> None:
-        """Counts a call that takes the stock path; warns of each reason once. Traced code stays silent."""
-        if self.fast_options.deterministic or self.fast_options.on_unsupported == "error":
-            refused = NOT_DETERMINISTIC if self.fast_options.deterministic else "and on_unsupported='error'"
-            raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {refused}")
-        self._count(self.stock_calls, reason, "takes the stock path")
-
-    def _report_fp32(self, reason: str) -> None:
-        """As ``_report``, for a call that computes in fp32 where int8 was asked for."""
-        if self.fast_options.on_unsupported == "error":
-            raise NotImplementedError(f"roberta_fast: layers would compute in fp32, {reason}, and on_unsupported='error'")
-        self._count(self.fp32_calls, reason, "computes in fp32")
-
-    def _count(self, calls, reason, what):
-        if torch.compiler.is_compiling():
-            return
-        if reason not in calls and self.fast_options.on_unsupported == "warn":
-            warnings.warn(f"roberta_fast: {type(self).__name__} {what}: {reason}", RuntimeWarning, stacklevel=4)
-        calls[reason] = calls.get(reason, 0) + 1
 
 
 def encoder_objection(encoder: nn.Module) -> str | None:
     """Why this encoder always takes the stock path, or None."""
-    if getattr(_config_of(encoder), "is_decoder", False):
-        return "decoder mode"
     for layer in map(unwrapped, encoder.layer):
         if "forward" in layer.__dict__ and "forward_before" in layer.__dict__:
             return f"a replaced forward of {type(layer).__name__}"
+    config = _config_of(encoder)
+    if getattr(config, "is_decoder", False) and not getattr(config, "is_causal", True):
+        return "a decoder whose attention is not causal"
     return None
 
 
@@ -159,13 +164,29 @@ def _config_of(encoder):
     return encoder.config if hasattr(encoder, "config") else layer_parts(encoder.layer[0]).attention.config
 
 
-def _call_objection(encoder_hidden_states, past_key_values, collected):
+def _for_all(mask, hidden_states):
+    """A mask [1, S] for all sequences of hidden_states; any other as it is."""
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == 1:
+        return mask.expand(hidden_states.shape[0], -1)
+    return mask
+
+
+def _check_mask(name, mask, of, hidden_states, past=0):
+    """Raises ValueError where the mask does not fit hidden_states [B, S, C] behind ``past`` tokens."""
+    if mask is None or hidden_states is None:
+        return
+    expected = (hidden_states.shape[0], past + hidden_states.shape[1])
+    if mask.shape != expected:
+        raise ValueError(f"{name} must be [B, S] = {expected} as {of} has it, got {tuple(mask.shape)}")
+
+
+def _call_objection(call, decodes, collected):
     """Why this call takes the stock path, or None."""
-    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
-        return "a torch.func transform or forward-mode differentiation"
-    if encoder_hidden_states is not None:
+    if not torch.compiler.is_compiling() and is_transformed():
+        return TRANSFORMED
+    if not decodes and call.encoder_hidden_states is not None:
         return "cross-attention"
-    if past_key_values is not None:
+    if not decodes and call.cache is not None:
         return "a key-value cache"
     if "attentions" in collected or "cross_attentions" in collected:
         return "attentions are requested"
@@ -274,9 +295,9 @@ def _attentions(encoder):
 
 @functools.cache
 def fast_class(family: Family, role: str) -> type[nn.Module]:
-    """The fast subclass of a family's ``"layer"`` or ``"encoder"``. It keeps the stock name, by which FSDP wraps."""
+    """The fast subclass of a family's stock class for one of ``ROLES``. It keeps the stock name, by which FSDP wraps."""
     stock = family.stock_class(role)
-    mixin = FastLayer if role == "layer" else FastEncoder
+    mixin = {"layer": FastLayer, "encoder": FastEncoder}.get(role, heads.FastLanguageModel)
     body = {
         "__module__": __name__,
         "__qualname__": _global_name(family, role),
@@ -284,20 +305,22 @@ def fast_class(family: Family, role: str) -> type[nn.Module]:
         "family": family,
         "stock": stock,
     }
+    if role in LANGUAGE_MODELS:
+        body["forward"] = heads.fused_forward(stock, causal=role == "causal_lm")
     return type(stock.__name__, (mixin, stock), body)
 
 
 def _global_name(family, role):
     """The name of a fast class in this module: the stock one, lengthened where an earlier family has it."""
     name = getattr(family, role)
-    owner = next(f for f in FAMILIES if name in (f.layer, f.encoder))
+    owner = next(f for f in FAMILIES if name in (getattr(f, r) for r in ROLES))
     return name if owner is family else f"{name}_{family.module.split('.')[0]}"
 
 
 def __getattr__(name: str):
     """Finds the fast classes by name, so that they pickle like any class of a module."""
     for family in FAMILIES:
-        for role in ("layer", "encoder"):
-            if _global_name(family, role) == name:
+        for role in ROLES:
+            if getattr(family, role) and _global_name(family, role) == name:
                 return fast_class(family, role)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

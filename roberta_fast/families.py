@@ -10,6 +10,20 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from transformers.utils import ModelOutput
 
 
+class AttentionParts(NamedTuple):
+    """The modules of one attention, by what they do; ``containers`` are those whose own ``forward`` is passed over."""
+
+    attention: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_dropout: nn.Module
+    attention_output: nn.Module
+    attention_output_dropout: nn.Module
+    attention_norm: nn.Module
+    containers: tuple[nn.Module, ...]
+
+
 class LayerParts(NamedTuple):
     """The modules of one layer, by what they do; ``containers`` are those whose own ``forward`` the fast layer passes over."""
 
@@ -27,13 +41,31 @@ class LayerParts(NamedTuple):
     output_dropout: nn.Module
     output_norm: nn.Module
     containers: tuple[nn.Module, ...]
+    cross: AttentionParts | None = None
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All of them, once each."""
+        found = (*self.containers, *self[:-2], *((*self.cross.containers, *self.cross[:-1]) if self.cross else ()))
+        return tuple(dict.fromkeys(module for module in found if isinstance(module, nn.Module)))
 
 
 def bert_parts(layer: nn.Module) -> LayerParts:
     """The parts of a layer with BERT's names."""
-    attention, intermediate, output = layer.attention, layer.intermediate, layer.output
-    heads, projection = attention.self, attention.output
+    own, intermediate, output = _bert_attention(layer.attention), layer.intermediate, layer.output
     return LayerParts(
+        **{**own._asdict(), "containers": (*own.containers, intermediate, output)},
+        cross=_bert_attention(layer.crossattention) if "crossattention" in layer._modules else None,
+        intermediate=intermediate.dense,
+        activation=intermediate.intermediate_act_fn,
+        output=output.dense,
+        output_dropout=output.dropout,
+        output_norm=output.LayerNorm,
+    )
+
+
+def _bert_attention(attention):
+    heads, projection = attention.self, attention.output
+    return AttentionParts(
         attention=heads,
         query=heads.query,
         key=heads.key,
@@ -42,12 +74,7 @@ def bert_parts(layer: nn.Module) -> LayerParts:
         attention_output=projection.dense,
         attention_output_dropout=projection.dropout,
         attention_norm=projection.LayerNorm,
-        intermediate=intermediate.dense,
-        activation=intermediate.intermediate_act_fn,
-        output=output.dense,
-        output_dropout=output.dropout,
-        output_norm=output.LayerNorm,
-        containers=(attention, heads, projection, intermediate, output),
+        containers=(attention, heads, projection),
     )
 
 
@@ -72,12 +99,48 @@ def distilbert_parts(layer: nn.Module) -> LayerParts:
     )
 
 
+class HeadParts(NamedTuple):
+    """The modules of a language-model head, in the order of their use, and those that hold them."""
+
+    dense: nn.Module
+    activation: Callable
+    norm: nn.Module
+    decoder: nn.Module
+    containers: tuple[nn.Module, ...]
+
+
+def roberta_head(model: nn.Module) -> HeadParts:
+    """The head of a ``RobertaForMaskedLM`` or ``RobertaForCausalLM``."""
+    head = model.lm_head
+    return HeadParts(head.dense, activations.gelu, head.layer_norm, head.decoder, (head,))
+
+
+def bert_head(model: nn.Module) -> HeadParts:
+    """The head of a ``BertForMaskedLM`` or ``BertLMHeadModel``."""
+    predictions = model.cls.predictions
+    transform = predictions.transform
+    containers = (model.cls, predictions, transform)
+    return HeadParts(transform.dense, transform.transform_act_fn, transform.LayerNorm, predictions.decoder, containers)
+
+
+def distilbert_head(model: nn.Module) -> HeadParts:
+    """The head of a ``DistilBertForMaskedLM``."""
+    return HeadParts(model.vocab_transform, model.activation, model.vocab_layer_norm, model.vocab_projector, ())
+
+
+def electra_head(model: nn.Module) -> HeadParts:
+    """The head of an ``ElectraForMaskedLM`` or ``ElectraForCausalLM``."""
+    head = model.generator_predictions
+    return HeadParts(head.dense, head.activation, head.LayerNorm, model.generator_lm_head, (head,))
+
+
 class Family(NamedTuple):
     """A model family whose encoder layers are BERT's post-LayerNorm block.
 
     model_types: the ``config.model_type`` values. module: where its classes live, below ``transformers.models``.
     layer, encoder: names of its stock classes there. parts: finds the parts of a layer.
     output: what its encoder returns; ``BaseModelOutput`` where it cannot be a decoder.
+    masked_lm, causal_lm: names of its language models there, or None. head: finds the parts of such a model's head.
     """
 
     model_types: tuple[str, ...]
@@ -86,9 +149,12 @@ class Family(NamedTuple):
     encoder: str
     parts: Callable[[nn.Module], LayerParts] = bert_parts
     output: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
+    masked_lm: str | None = None
+    causal_lm: str | None = None
+    head: Callable[[nn.Module], HeadParts] = bert_head
 
     def stock_class(self, role: str) -> type[nn.Module]:
-        """The stock class for ``"layer"`` or ``"encoder"``, imported now; also while a replacement stands in its place."""
+        """The stock class for one of ``ROLES``, imported now; also while a replacement stands in its place."""
         found = getattr(self.modeling(), getattr(self, role))
         return next(c for c in found.__mro__ if c.__module__ == self.modeling().__name__)
 
@@ -104,10 +170,41 @@ class Family(NamedTuple):
 
 
 FAMILIES = (
-    Family(("roberta",), "roberta.modeling_roberta", "RobertaLayer", "RobertaEncoder"),
-    Family(("bert", "dpr"), "bert.modeling_bert", "BertLayer", "BertEncoder"),
-    Family(("xlm-roberta",), "xlm_roberta.modeling_xlm_roberta", "XLMRobertaLayer", "XLMRobertaEncoder"),
-    Family(("camembert",), "camembert.modeling_camembert", "CamembertLayer", "CamembertEncoder"),
+    Family(
+        ("roberta",),
+        "roberta.modeling_roberta",
+        "RobertaLayer",
+        "RobertaEncoder",
+        masked_lm="RobertaForMaskedLM",
+        causal_lm="RobertaForCausalLM",
+        head=roberta_head,
+    ),
+    Family(
+        ("bert", "dpr"),
+        "bert.modeling_bert",
+        "BertLayer",
+        "BertEncoder",
+        masked_lm="BertForMaskedLM",
+        causal_lm="BertLMHeadModel",
+    ),
+    Family(
+        ("xlm-roberta",),
+        "xlm_roberta.modeling_xlm_roberta",
+        "XLMRobertaLayer",
+        "XLMRobertaEncoder",
+        masked_lm="XLMRobertaForMaskedLM",
+        causal_lm="XLMRobertaForCausalLM",
+        head=roberta_head,
+    ),
+    Family(
+        ("camembert",),
+        "camembert.modeling_camembert",
+        "CamembertLayer",
+        "CamembertEncoder",
+        masked_lm="CamembertForMaskedLM",
+        causal_lm="CamembertForCausalLM",
+        head=roberta_head,
+    ),
     Family(
         ("distilbert",),
         "distilbert.modeling_distilbert",
@@ -115,11 +212,43 @@ FAMILIES = (
         "Transformer",
         parts=distilbert_parts,
         output=BaseModelOutput,
+        masked_lm="DistilBertForMaskedLM",
+        head=distilbert_head,
     ),
-    Family(("electra",), "electra.modeling_electra", "ElectraLayer", "ElectraEncoder"),
-    Family(("ernie",), "ernie.modeling_ernie", "ErnieLayer", "ErnieEncoder"),
-    Family(("data2vec-text",), "data2vec.modeling_data2vec_text", "Data2VecTextLayer", "Data2VecTextEncoder"),
-    Family(("roc_bert",), "roc_bert.modeling_roc_bert", "RoCBertLayer", "RoCBertEncoder"),
+    Family(
+        ("electra",),
+        "electra.modeling_electra",
+        "ElectraLayer",
+        "ElectraEncoder",
+        masked_lm="ElectraForMaskedLM",
+        causal_lm="ElectraForCausalLM",
+        head=electra_head,
+    ),
+    Family(
+        ("ernie",),
+        "ernie.modeling_ernie",
+        "ErnieLayer",
+        "ErnieEncoder",
+        masked_lm="ErnieForMaskedLM",
+        causal_lm="ErnieForCausalLM",
+    ),
+    Family(
+        ("data2vec-text",),
+        "data2vec.modeling_data2vec_text",
+        "Data2VecTextLayer",
+        "Data2VecTextEncoder",
+        masked_lm="Data2VecTextForMaskedLM",
+        causal_lm="Data2VecTextForCausalLM",
+        head=roberta_head,
+    ),
+    Family(
+        ("roc_bert",),
+        "roc_bert.modeling_roc_bert",
+        "RoCBertLayer",
+        "RoCBertEncoder",
+        masked_lm="RoCBertForMaskedLM",
+        causal_lm="RoCBertForCausalLM",
+    ),
     Family(("bert-generation",), "bert_generation.modeling_bert_generation", "BertGenerationLayer", "BertEncoder"),
     Family(("splinter",), "splinter.modeling_splinter", "SplinterLayer", "SplinterEncoder", output=BaseModelOutput),
     Family(("align_text_model",), "align.modeling_align", "AlignTextLayer", "AlignTextEncoder", output=BaseModelOutput),
@@ -149,14 +278,23 @@ def family_of(model_type: str) -> Family:
 
 def family_of_encoder(module: nn.Module) -> Family | None:
     """The family whose stock encoder class ``module`` is an exact instance of, or None."""
-    return _STOCK_CLASSES.get(("encoder", type(module).__module__, type(module).__name__))
+    return _family_by_class("encoder", module)
+
+
+def family_of_language_model(module: nn.Module, role: str) -> Family | None:
+    """The family whose stock ``role``, one of ``LANGUAGE_MODELS``, ``module`` is an exact instance of, or None."""
+    return _family_by_class(role, module)
+
+
+def _family_by_class(role, module):
+    return _STOCK_CLASSES.get((role, type(module).__module__, type(module).__name__))
 
 
 def family_of_layer(layer: nn.Module) -> Family:
     """The family of a stock or fast ``layer``. Raises ValueError naming its class if no supported family has it."""
     layer = unwrapped(layer)
     family = getattr(type(layer), "family", None)
-    family = family or _STOCK_CLASSES.get(("layer", type(layer).__module__, type(layer).__name__))
+    family = family or _family_by_class("layer", layer)
     if family is None:
         raise ValueError(f"the encoder holds a {type(layer).__name__}, which is no layer of a supported family")
     return family
@@ -170,11 +308,14 @@ def unwrapped(layer: nn.Module) -> nn.Module:
     return layer
 
 
+LANGUAGE_MODELS = ("masked_lm", "causal_lm")
+ROLES = ("layer", "encoder", *LANGUAGE_MODELS)
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _STOCK_CLASSES = {
     (role, f"transformers.models.{family.module}", getattr(family, role)): family
     for family in FAMILIES
-    for role in ("layer", "encoder")
+    for role in ROLES
+    if getattr(family, role)
 }
 
 

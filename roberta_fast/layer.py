@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from roberta_fast import ops, padding_mask
+from roberta_fast.decoding import cross_attention, self_attention
 from roberta_fast.deterministic import Linear
 from roberta_fast.families import LayerParts, gelu_form, is_plain, layer_parts, unwrapped
 from roberta_fast.int8 import Int8Holder, copies_of
@@ -16,12 +17,14 @@ class FastLayer(Int8Holder):
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         """One block. With a ``PackedBatch`` as attention_mask: packed rows [N, C] in and out, or [B, S, C] in and out
-        where someone between the layers wants to see that shape. With anything else: the stock layer."""
+        where someone between the layers wants to see that shape; a decoder's layer also takes the encoder's packed rows [M, C],
+        by position, and ``past_key_values``. With anything else: the stock layer."""
         if not isinstance(attention_mask, PackedBatch):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         batch = attention_mask
         parts = layer_parts(self)
         reason = layer_objection(self, parts)
+        decoder = (*args, kwargs.get("past_key_values")) if batch.decoding else ()
         if batch.options.deterministic:
             _refuse_other_bits(parts, reason)
         if reason:
@@ -29,32 +32,28 @@ class FastLayer(Int8Holder):
                 raise NotImplementedError(f"roberta_fast: the stock layer would run, {reason}, {SEE_EACH_OTHER}")
             return self._stock_block(hidden_states, batch)
         if hidden_states.dim() == 2:
-            return self._block(hidden_states, batch, parts)
-        return batch.unpack(self._block(batch.pack(hidden_states), batch, parts))
+            return self._block(hidden_states, batch, parts, *decoder)
+        return batch.unpack(self._block(batch.pack(hidden_states), batch, parts, *decoder))
 
-    def _block(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
-        p_attention, p_projection, p_output = (
-            _probability(module) for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
-        )
+    def _block(self, rows, batch: PackedBatch, parts: LayerParts, encoder_rows=None, cache=None) -> torch.Tensor:
+        dropouts = [parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout]
+        attends_to_encoder = batch.decoding is not None and batch.decoding.crosses
+        if attends_to_encoder:
+            dropouts += [parts.cross.attention_dropout, parts.cross.attention_output_dropout]
+        p = [_probability(module) for module in dropouts]
+        seeds = dropout.new_seeds(len(p), rows.device) if any(p) else None
         int8 = copies_of(self, parts) if batch.int8 else None
-        seeds = dropout.new_seeds(3, rows.device) if p_attention or p_projection or p_output else None
-        context = ops.attention(
-            *_query_key_value(rows, parts, batch, int8),
-            batch.cu_seqlens,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            batch.max_seqlen,
-            scale=parts.attention.scaling,
-            query_only=batch.query_only,
-            dropout_p=p_attention,
-            seed=seeds[0:1] if p_attention else None,
-            **_how(batch),
-        )
-        context = context.flatten(1)
-        projected = int8.attention_output(context, batch) if int8 else _linear(parts.attention_output, context, batch)
-        rows = _add_norm(projected, rows, parts.attention_norm, p_projection, seeds, 1, batch)
-        expanded = int8.feed_forward(rows, batch, parts) if int8 else _linear(parts.output, _activated(rows, parts, batch), batch)
-        return _add_norm(expanded, rows, parts.output_norm, p_output, seeds, 2, batch)
+
+        projections = _query_key_value(rows, parts, batch, int8)
+        context = self_attention(*projections, batch, cache, **_attention_options(parts, p, seeds, 0, batch)).flatten(1)
+        projected = int8.attention_output(context, batch) if int8 else linear(parts.attention_output, context, batch)
+        rows = add_norm(projected, rows, parts.attention_norm, p[1], seeds, 1, batch)
+        if attends_to_encoder:
+            context = _attend_to_encoder(parts.cross, rows, encoder_rows, batch, cache, p, seeds)
+            projected = linear(parts.cross.attention_output, context, batch)
+            rows = add_norm(projected, rows, parts.cross.attention_norm, p[4], seeds, 4, batch)
+        expanded = int8.feed_forward(rows, batch, parts) if int8 else _feed_forward(rows, parts, batch)
+        return add_norm(expanded, rows, parts.output_norm, p[2], seeds, 2, batch)
 
     def _stock_block(self, hidden_states, batch):
         padded = hidden_states if hidden_states.dim() == 3 else batch.unpack(hidden_states)
@@ -69,27 +68,37 @@ NOT_DETERMINISTIC = "which deterministic=True forbids: its bits depend on the ba
 def _refuse_other_bits(parts, reason):
     """Raises NotImplementedError where the stock layer would run, for ``reason``, or a linear layer that is none of ours."""
     what = reason and f"the stock layer would run, {reason}"
-    for name in ("query", "key", "value", "attention_output", "intermediate", "output"):
-        for module in getattr(parts, name).modules():
+    for name, part in linears(parts).items():
+        for module in part.modules():
             if isinstance(module, nn.Linear) and not isinstance(module, Linear):
                 what = what or f"{name} would run a {type(module).__name__} that acceleration did not replace"
     if what:
         raise NotImplementedError(f"roberta_fast: {what}, {NOT_DETERMINISTIC}")
 
 
+def linears(parts: LayerParts) -> dict[str, nn.Module]:
+    """The linear modules of a layer by name, those of its cross-attention included."""
+    found = {name: getattr(parts, name) for name in ("query", "key", "value", "attention_output", "intermediate", "output")}
+    if parts.cross:
+        found |= {f"cross {name}": getattr(parts.cross, name) for name in ("query", "key", "value", "attention_output")}
+    return found
+
+
 def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
     """Why this layer cannot run fused now, or None: hooks inside it expect the stock modules' calls and shapes."""
-    for module in (*parts.containers, *parts[1:-1]):
-        if isinstance(module, nn.Module) and foreign_hooks(module):
+    for module in parts.modules():
+        if foreign_hooks(module):
             return f"a hook on {type(module).__name__}"
     if "feed_forward_chunk" in layer.__dict__:
         return f"a replaced feed_forward_chunk of {type(layer).__name__}"
-    for module in parts.containers:
+    crossing = parts.cross
+    for module in (*parts.containers, *(crossing.containers if crossing else ())):
         if "forward" in module.__dict__:
             return f"a replaced forward of {type(module).__name__}"
         if not type(module).__module__.startswith("transformers."):
             return f"{type(module).__name__} is no class of Hugging Face's"
-    for module in (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout):
+    dropouts = (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
+    for module in (*dropouts, *((crossing.attention_dropout, crossing.attention_output_dropout) if crossing else ())):
         if module is not None and not _is_plain_dropout(module):
             return f"dropout by a {type(module).__name__}"
     return None
@@ -107,7 +116,7 @@ def _probability(dropout):
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
-def _linear(module, rows, batch):
+def linear(module, rows, batch):
     """module(rows), by the operation where the module is a plain Linear."""
     if is_plain(module, nn.Linear):
         return ops.linear(rows, module.weight, module.bias, count=batch.count, **_how(batch))
@@ -116,6 +125,28 @@ def _linear(module, rows, batch):
 
 def _how(batch):
     return {"deterministic": batch.options.deterministic, "backend": batch.options.backend}
+
+
+def _attention_options(parts, p, seeds, index, batch):
+    """What ``ops.attention`` and a cache need to know beside the rows; index: which of p and seeds are the attention's."""
+    return {
+        "layer": parts.attention.layer_idx if batch.decoding else None,
+        "scale": parts.attention.scaling,
+        "dropout_p": p[index],
+        "seed": seeds[index : index + 1] if p[index] else None,
+        **_how(batch),
+    }
+
+
+def _attend_to_encoder(parts, rows, encoder_rows, batch, cache, p, seeds):
+    """The context [N, C] of packed rows over the encoder's rows."""
+    heads = (-1, parts.attention.attention_head_size)
+
+    def key_value():
+        return (linear(m, encoder_rows, batch.decoding.encoder).unflatten(1, heads) for m in (parts.key, parts.value))
+
+    query = linear(parts.query, rows, batch).unflatten(1, heads)
+    return cross_attention(query, key_value, batch, cache, **_attention_options(parts, p, seeds, 3, batch)).flatten(1)
 
 
 def _query_key_value(rows, parts, batch, int8=None):
@@ -127,19 +158,26 @@ def _query_key_value(rows, parts, batch, int8=None):
     if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
         return ops.linear(rows, weight, bias, count=batch.count, **_how(batch)).unflatten(1, (3, *heads)).unbind(1)
-    return tuple(_linear(p, rows, batch).unflatten(1, heads) for p in projections)
+    return tuple(linear(p, rows, batch).unflatten(1, heads) for p in projections)
 
 
-def _activated(rows, parts, batch):
-    """activation(intermediate(rows)), fused where it is a GELU over a plain Linear."""
-    form = gelu_form(parts.activation)
-    if form is None or not is_plain(parts.intermediate, nn.Linear):
-        return parts.activation(_linear(parts.intermediate, rows, batch))
-    weight, bias = parts.intermediate.weight, parts.intermediate.bias
-    return ops.linear_gelu(rows, weight, bias, approximate=form, count=batch.count, **_how(batch))
+def _feed_forward(rows, parts, batch):
+    form, dense = gelu_form(parts.activation), (parts.intermediate, parts.output)
+    if batch.options.recompute == "gelu" and torch.is_grad_enabled() and form and all(is_plain(m, nn.Linear) for m in dense):
+        weights = (tensor for module in dense for tensor in (module.weight, module.bias))
+        return ops.feed_forward(rows, *weights, approximate=form, count=batch.count, **_how(batch))
+    return linear(parts.output, activated(rows, parts.intermediate, parts.activation, batch), batch)
 
 
-def _add_norm(x, residual, norm, p, seeds, index, batch):
+def activated(rows, dense, activation, batch):
+    """activation(dense(rows)), fused where it is a GELU over a plain Linear."""
+    form = gelu_form(activation)
+    if form is None or not is_plain(dense, nn.Linear):
+        return activation(linear(dense, rows, batch))
+    return ops.linear_gelu(rows, dense.weight, dense.bias, approximate=form, count=batch.count, **_how(batch))
+
+
+def add_norm(x, residual, norm, p, seeds, index, batch):
     """norm(residual + dropout(x)), fused where norm is a plain LayerNorm."""
     seed = seeds[index : index + 1] if p else None
     if not is_plain(norm, nn.LayerNorm) or norm.bias is None:

@@ -7,6 +7,7 @@ from roberta_fast.dispatch import BACKENDS
 UNPAD = ("auto", "host", "device")
 ON_UNSUPPORTED = ("warn", "error", "ignore")
 PRECISIONS = (None, "int8")
+RECOMPUTE = (None, "gelu", "layer")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class FastOptions:
     precision: None computes in the model's own; ``"int8"`` makes 8-bit copies of the layers' linear weights when
         ``accelerate_model`` is called, and computes with them in inference on CPU. ``train()``, ``load_state_dict`` and a change
         of dtype or device drop the copies; calls that record gradients do without them. See docs/int8.md.
+    fuse_lm_head: a masked or causal language model in training mode that is given labels computes its head and loss from the
+        labelled rows alone, and its ``outputs.logits`` is None; False leaves both as they are.
+    recompute: what a backward pass computes again instead of having kept it: None, nothing; ``"gelu"``, the activation between
+        the two products of a feed-forward block, a quarter of what a layer keeps; ``"layer"``, every layer from its input.
     Raises ValueError for any other value.
     """
 
@@ -35,12 +40,15 @@ class FastOptions:
     on_unsupported: str = "warn"
     deterministic: bool = False
     precision: str | None = None
+    fuse_lm_head: bool = True
+    recompute: str | None = None
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is not one of {BACKENDS}")
-        if not isinstance(self.deterministic, bool):
-            raise ValueError(f"deterministic={self.deterministic!r} is not True or False")
+        for name in ("deterministic", "fuse_lm_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not True or False")
         if self.unpad not in UNPAD:
             raise ValueError(f"unpad={self.unpad!r} is not one of {UNPAD}")
         if self.on_unsupported not in ON_UNSUPPORTED:
@@ -49,3 +57,5 @@ class FastOptions:
             raise ValueError("precision='fp8' is not available yet; there are None and 'int8'")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r} is not one of {PRECISIONS}")
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute={self.recompute!r} is not one of {RECOMPUTE}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 from transformers import AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, causal_mask_function
 
 
 class Marked(str):
@@ -42,9 +42,8 @@ def padding_of(mask: torch.Tensor | None) -> torch.Tensor | None:
     """The padding mask [B, S] that an encoder's ``mask`` stands for; what stands for none is returned as it is."""
     if not isinstance(mask, torch.Tensor):
         return mask
-    padding = getattr(mask, "_padding", None)
-    if padding is not None:
-        return padding
+    if hasattr(mask, "_padding"):
+        return mask._padding
     if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
         return mask[:, 0, 0]
     return mask
@@ -86,12 +85,15 @@ def _short_where_marked(name: str) -> Callable:
     original, short_form = _originals[name], _SHORT_FORMS[name]
 
     def mask(batch_size, q_length, kv_length, *args, **kwargs):
-        padding = kwargs.get("attention_mask")
-        plain = kwargs.get("mask_function") is bidirectional_mask_function and q_length == kv_length
-        plain = plain and (padding is None or padding.dim() == 2)
-        if plain and kwargs.get("allow_is_bidirectional_skip") and is_marked(kwargs["config"]):
+        padding, function = kwargs.get("attention_mask"), kwargs.get("mask_function")
+        plain = (padding is None or padding.dim() == 2) and is_marked(kwargs["config"])
+        of_rows = q_length == kv_length or getattr(kwargs["config"], "is_decoder", False)  # those attend to an encoder's keys
+        if plain and of_rows and function is bidirectional_mask_function and kwargs.get("allow_is_bidirectional_skip"):
             return None if padding is None else short_form(padding, kwargs["dtype"])
-        return original(batch_size, q_length, kv_length, *args, **kwargs)
+        made = original(batch_size, q_length, kv_length, *args, **kwargs)
+        if plain and function is causal_mask_function and made is not None:
+            made._padding = padding
+        return made
 
     return mask
 

@@ -14,7 +14,8 @@ from roberta_fast import dispatch, int8
 from roberta_fast.accelerate import fast_encoders, restore_model
 from roberta_fast.encoder import encoder_objection
 from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
-from roberta_fast.layer import layer_objection
+from roberta_fast.heads import FastLanguageModel, head_objection
+from roberta_fast.layer import layer_objection, linears
 from roberta_fast.ops.registration import facts_of
 
 
@@ -72,6 +73,9 @@ def explain(model: nn.Module) -> Explanation:
     if options.precision:
         precision = _precision(layers, options.precision)
         operations |= {"int8_linear": None, "int8_feed_forward": None}  # compute in inference alone
+    language_models = [module for module in model.modules() if isinstance(module, FastLanguageModel) and options.fuse_lm_head]
+    if language_models:
+        operations["cross_entropy"] = "cross_entropy"  # which leaves products alone to the backward pass
     for name, backward in operations.items():
         chosen = []
         for op in filter(None, (name, backward)):
@@ -88,9 +92,11 @@ def explain(model: nn.Module) -> Explanation:
         reasons.update(filter(None, [encoder_objection(encoder)]))
     for layer in layers:
         reasons.update(_layer_fallbacks(layer, options.precision))
+    reasons.update(f"the head computes all logits: {reason}" for reason in filter(None, map(head_objection, language_models)))
     stock_calls, fp32_calls = Counter(), Counter()
+    for module in (*encoders, *language_models):
+        stock_calls.update(module.stock_calls)
     for encoder in encoders:
-        stock_calls.update(encoder.stock_calls)
         fp32_calls.update(encoder.fp32_calls)
     fallbacks = tuple(reason + (f" ({n} times)" if n > 1 else "") for reason, n in reasons.items())
     return Explanation(
@@ -135,10 +141,10 @@ def _layer_fallbacks(layer, precision):
         yield f"linear_gelu is not used: the activation is {type(parts.activation).__name__}"
     elif not is_plain(parts.intermediate, nn.Linear):
         yield f"linear_gelu is not used: intermediate.dense is a {_kind(parts.intermediate)}"
-    for name in ("query", "key", "value", "attention_output", "output"):
-        if not is_plain(getattr(parts, name), nn.Linear):
-            yield f"{name} is called as a module: it is a {_kind(getattr(parts, name))}"
-    for norm in (parts.attention_norm, parts.output_norm):
+    for name, module in linears(parts).items():
+        if name != "intermediate" and not is_plain(module, nn.Linear):
+            yield f"{name} is called as a module: it is a {_kind(module)}"
+    for norm in (parts.attention_norm, parts.output_norm, *([parts.cross.attention_norm] if parts.cross else [])):
         if not is_plain(norm, nn.LayerNorm):
             yield f"add_layer_norm is not used: the norm is a {_kind(norm)}"
 

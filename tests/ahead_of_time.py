@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from roberta_fast import kernels
-from roberta_fast.kernels import add_layer_norm, attention, linear, linear_gelu, pack, tuning
+from roberta_fast.kernels import add_layer_norm, attention, cross_entropy, linear, linear_gelu, pack, tuning
 
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -106,6 +106,12 @@ def both_attention(
     torch.backends.cuda.matmul.fp32_precision = before
 
 
+def losses(dtype: torch.dtype, classes: int = 50265, with_gradient: bool = True) -> None:
+    """A chunk of logits, its rows aligned as the operation aligns them."""
+    logits = meta(1024, -(-classes // 64) * 64, dtype=dtype)[:, :classes]
+    cross_entropy.cross_entropy_fwd(logits, meta(1024, dtype=torch.int64), -100, 0.0, with_gradient)
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Attention holds two or three tiles at once, its gradients with dropout a mask beside them: a few values that a loop does not
@@ -156,6 +162,9 @@ CASES: dict[str, Case] = {
     "attention/D=128": Case(lambda: both_attention(BF16, 128)),
     "attention/D=128, dropout": Case(lambda: both_attention(BF16, 128, dropout_p=0.1)),
     **{f"attention/D={d}, S=128": Case(lambda d=d: both_attention(BF16, d, 128, 0.1)) for d in (32, 128)},
+    "cross_entropy/bfloat16": Case(lambda: losses(BF16), default=True),
+    "cross_entropy/bfloat16, loss alone": Case(lambda: losses(BF16, with_gradient=False)),
+    "cross_entropy/float32, small vocabulary": Case(lambda: losses(FP32, 1000)),
     "pack/bfloat16": Case(lambda: all_of_pack(BF16), default=True),
     "pack/float32, bool mask": Case(lambda: all_of_pack(FP32, torch.bool)),
 }

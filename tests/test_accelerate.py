@@ -92,15 +92,6 @@ def test_refusals_name_the_value(model):
         explain(restore_model(model))
 
 
-def test_a_decoder_is_left_on_the_stock_path(inputs):
-    model = randomize(AutoModel.from_config(tiny_config(is_decoder=True))).eval()
-    stock = model(**inputs).last_hidden_state
-    accelerate_model(model, on_unsupported="ignore")
-    assert torch.equal(model(**inputs).last_hidden_state, stock)
-    assert explain(model).fallbacks == ("decoder mode",)
-    assert explain(model).stock_calls == {"decoder mode": 1}
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_encoder_replaced_by_hand(attention):
     model = randomize(BertModel(tiny_config("bert", attn_implementation=attention))).eval()

@@ -24,7 +24,7 @@ from roberta_fast.report import stock_clone
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "tiny", "--batch-size", "4", "--longest", "20", "--dense", "2x16", "--repeats", "2", "--device", "cpu"]
 SMALL += ["--peers", "huggingface-eager,roberta_fast"]
-OPERATIONS = ("add_layer_norm", "attention", "linear", "linear_gelu", "pack")
+OPERATIONS = ("add_layer_norm", "attention", "cross_entropy", "linear", "linear_gelu", "pack")
 
 
 @pytest.fixture
@@ -238,9 +238,11 @@ class TestOperations:
     def test_every_contender_passes_and_is_measured(self, name):
         module = importlib.import_module(f"roberta_fast.benchmarks.bench_{name}")
         cases = list(module.cases("cpu", shapes.OPERATION_SIZES["tiny"]))
-        assert {case.direction for case in cases} == {"forward", "backward"}
-        for record in operations.measure_case(cases[0], 1) + operations.measure_case(cases[1], 1):
-            assert record.get("rate", 0) > 0, record
+        directions = {case.direction for case in cases}
+        assert directions in ({operations.FORWARD, operations.BACKWARD}, {operations.STEP})
+        for case in cases[:2]:
+            for record in operations.measure_case(case, 1):
+                assert record.get("rate", 0) > 0, record
 
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     def test_a_wrong_contender_has_no_number(self, direction):

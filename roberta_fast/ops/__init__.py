@@ -2,6 +2,8 @@
 
 from roberta_fast.ops.add_layer_norm import add_layer_norm
 from roberta_fast.ops.attention import attention
+from roberta_fast.ops.cross_entropy import cross_entropy
+from roberta_fast.ops.feed_forward import feed_forward
 from roberta_fast.ops.int8_linear import int8_feed_forward, int8_linear, quantize_weight
 from roberta_fast.ops.linear import linear
 from roberta_fast.ops.linear_gelu import linear_gelu
@@ -10,6 +12,8 @@ from roberta_fast.ops.pack import pack, pack_indices, unpack
 __all__ = [
     "add_layer_norm",
     "attention",
+    "cross_entropy",
+    "feed_forward",
     "int8_feed_forward",
     "int8_linear",
     "linear",

@@ -50,6 +50,12 @@ def is_plain_call(arguments: tuple) -> bool:
     return True
 
 
+def is_transformed() -> bool:
+    """True inside a torch.func transform and in forward-mode differentiation, for which the operations have no rules."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+TRANSFORMED = "a torch.func transform or forward-mode differentiation"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 

@@ -1,0 +1,242 @@
+"""Language models in training: loss and gradients from the labelled rows, and everything else as it was."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+from trio import NO_DROPOUT, Trio, assert_same_gradients, gradients
+
+from roberta_fast import accelerate_model, check_parity, explain, restore_model
+from roberta_fast.families import FAMILIES, LANGUAGE_MODELS
+from roberta_fast.heads import FastLanguageModel
+from roberta_fast.testing import MASKS, random_inputs, randomize, tiny_config
+
+MASKED, CAUSAL = ([f.model_types[0] for f in FAMILIES if getattr(f, role)] for role in LANGUAGE_MODELS)
+
+
+def models(model_type="roberta", dtype=torch.float32, causal=False, **options):
+    """(fast, stock, stock in float64) in training mode, of the same parameters."""
+    config = tiny_config(model_type, **NO_DROPOUT, dropout=0.0, attention_dropout=0.0, vocab_size=500, is_decoder=causal)
+    kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    stock = randomize(kind.from_config(config), std=0.1).train()
+    exact = copy.deepcopy(stock).double()
+    return Trio(accelerate_model(copy.deepcopy(stock).to(dtype), **options), stock.to(dtype), exact)
+
+
+def labelled(model, mask=MASKS["right padding"], share=0.3):
+    """Inputs with labels at about ``share`` of the real tokens."""
+    inputs = random_inputs(mask, model.config)
+    generator = torch.Generator().manual_seed(1)
+    chosen = (torch.rand(mask.shape, generator=generator) < share) & mask.bool()
+    chosen[0, 0] = True
+    return inputs | {"labels": torch.where(chosen, torch.randint(5, 100, mask.shape, generator=generator), -100)}
+
+
+def step(model, inputs, **more):
+    outputs = model(**inputs, **more)
+    outputs.loss.backward()
+    return outputs
+
+
+class Shapes(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returns."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, (tuple, list)) else [result]
+        self.most = max([self.most, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("mask", ["right padding", "left padding", "all ones"])
+@pytest.mark.parametrize("model_type", MASKED)
+def test_loss_and_every_gradient(model_type, mask):
+    trio = models(model_type)
+    inputs = labelled(trio.stock, MASKS[mask])
+    fast, stock, exact = (step(model, inputs).loss for model in trio)
+    assert abs(fast - exact) <= 2 * abs(stock - exact) + 1e-6 * exact
+    assert_same_gradients(*(gradients(model) for model in trio))
+
+
+@pytest.mark.parametrize("items", [None, 100, torch.tensor(100)], ids=["mean", "by a number", "by a tensor"])
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_causal_loss_and_every_gradient(model_type, items):
+    trio = models(model_type, causal=True)
+    inputs = labelled(trio.stock, share=0.7) | ({} if items is None else {"num_items_in_batch": items})
+    outputs = [step(model, inputs) for model in trio]
+    fast, stock, exact = (output.loss for output in outputs)
+    assert abs(fast - exact) <= 2 * abs(stock - exact) + 1e-6 * exact
+    assert_same_gradients(*(gradients(model) for model in trio))
+    assert outputs[0].logits is None and outputs[0].past_key_values is None
+
+
+OWN_LOSSES = ["a loss_function of its own", "logits_to_keep", "shift_labels for the loss"]
+
+
+@pytest.mark.parametrize("reason", OWN_LOSSES)
+def test_another_causal_loss_is_computed_from_all_logits(reason):
+    fast, stock, _ = models(causal=True)
+    inputs = labelled(stock, torch.ones(3, 12, dtype=torch.int64))
+    if reason == "a loss_function of its own":
+        for model in (fast, stock):
+            model.loss_function = lambda logits, labels, **options: logits.square().mean()
+    elif reason == "logits_to_keep":
+        inputs |= {"logits_to_keep": 8, "labels": inputs["labels"][:, -8:]}
+    else:
+        inputs["shift_labels"] = inputs["labels"]
+    with pytest.warns(RuntimeWarning, match=f"RobertaForCausalLM computes all logits: {reason}"):
+        outputs = fast(**inputs)
+    torch.testing.assert_close(outputs.loss, stock(**inputs).loss)
+    torch.testing.assert_close(outputs.logits, stock(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_half_types(dtype):
+    trio = models(dtype=dtype)
+    inputs = labelled(trio.stock)
+    fast, stock, exact = (step(model, inputs).loss for model in trio)
+    assert abs(fast - exact) <= 2 * abs(stock - exact) + torch.finfo(dtype).eps * exact
+    assert_same_gradients(*(gradients(model) for model in trio))
+
+
+def test_logits_of_all_rows_are_not_made():
+    fast, stock, _ = models()
+    inputs = labelled(stock, torch.ones(8, 32, dtype=torch.int64), share=0.1)
+    with Shapes() as made:
+        outputs = step(fast, inputs)
+    assert outputs.logits is None
+    assert made.most < inputs["labels"].numel() * stock.config.vocab_size
+    with Shapes() as made:
+        assert step(accelerate_model(fast, fuse_lm_head=False), inputs).logits.shape == (8, 32, stock.config.vocab_size)
+    assert made.most == inputs["labels"].numel() * stock.config.vocab_size, "the measure sees full logits"
+
+
+def test_other_calls_are_stock():
+    fast, stock, _ = models()
+    inputs = labelled(stock)
+    real = inputs["attention_mask"].bool()
+    ours, theirs = (model(**inputs | {"labels": None}).logits[real] for model in (fast, stock))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours, theirs = (model.eval()(**inputs) for model in (fast, stock))
+    torch.testing.assert_close(ours.logits[real], theirs.logits[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    assert check_parity(fast, inputs).max_abs_difference < 1e-4
+
+
+def test_as_a_tuple_with_states_and_by_position():
+    fast, stock, _ = models()
+    inputs = labelled(stock)
+    outputs = fast(**inputs, output_hidden_states=True)
+    assert len(outputs.hidden_states) == stock.config.num_hidden_layers + 1
+    loss, states = fast(**inputs, output_hidden_states=True, return_dict=False)
+    assert torch.equal(loss, outputs.loss)
+    assert torch.equal(states[-1], outputs.hidden_states[-1])
+    names = list(inspect.signature(stock.forward).parameters)
+    by_position = [inputs.get(name) for name in names[: names.index("labels") + 1]]
+    assert torch.equal(fast(*by_position).loss, outputs.loss)
+
+
+def test_without_any_label_the_loss_is_nan():
+    fast, stock, _ = models()
+    inputs = labelled(stock) | {"labels": torch.full((4, 17), -100)}
+    assert stock(**inputs).loss.isnan()
+    assert fast(**inputs).loss.isnan()
+
+
+def test_bad_labels_are_named():
+    fast = models().fast
+    inputs = labelled(fast)
+    with pytest.raises(ValueError, match=r"labels must be \[B, S\] = \(4, 17\), got \(4, 16\)"):
+        fast(**inputs | {"labels": inputs["labels"][:, 1:]})
+    with pytest.raises(ValueError, match="labels must be classes from 0 to 499 or ignore_index=-100, got 500"):
+        fast(**inputs | {"labels": torch.full((4, 17), 500)})
+
+
+def test_token_counts_on_the_device():
+    trio = models(unpad="device")
+    inputs = labelled(trio.stock)
+    fast, stock, _ = (step(model, inputs).loss for model in trio)
+    torch.testing.assert_close(fast, stock)
+    assert_same_gradients(*(gradients(model) for model in trio))
+
+
+def test_what_a_hook_or_an_adapter_changes_is_computed_in_full():
+    fast, stock, _ = models()
+    inputs = labelled(stock)
+    for model in (stock, fast):
+        model.lm_head.dense.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.warns(RuntimeWarning, match="RobertaForMaskedLM computes all logits: a hook on Linear"):
+        outputs = fast(**inputs)
+    torch.testing.assert_close(outputs.loss, stock(**inputs).loss)
+    assert explain(fast).fallbacks == ("the head computes all logits: a hook on Linear",)
+    assert explain(fast).stock_calls == {"a hook on Linear": 1}
+    with pytest.raises(NotImplementedError, match="all logits would be computed, a hook on Linear, and on_unsupported='error'"):
+        accelerate_model(fast, on_unsupported="error")(**inputs)
+
+
+def test_names_signature_pickle_and_restoring():
+    fast, stock, _ = models()
+    assert isinstance(fast, FastLanguageModel)
+    assert type(fast).__name__ == "RobertaForMaskedLM"
+    assert inspect.signature(fast.forward) == inspect.signature(stock.forward)
+    assert fast.state_dict().keys() == stock.state_dict().keys()
+    inputs = labelled(stock)
+    again = pickle.loads(pickle.dumps(fast))
+    assert torch.equal(again(**inputs).loss, fast(**inputs).loss)
+    restored = restore_model(fast)
+    assert type(restored) is type(stock)
+    assert restored(**inputs).logits is not None
+    assert restored.__dict__.keys() == stock.__dict__.keys()
+
+
+def test_compiled():
+    fast, _, exact = models()
+    inputs = labelled(fast)
+    compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
+    loss = step(compiled, inputs).loss
+    found = {name: gradient.clone() for name, gradient in gradients(fast).items()}
+    fast.zero_grad()
+    torch.testing.assert_close(loss, step(fast, inputs).loss)
+    step(exact, inputs)
+    assert_same_gradients(found, gradients(fast), gradients(exact))
+
+
+def test_trainer_follows_the_stock_loss(tmp_path, checkpoint):
+    """On real text and real weights, with Trainer's own collator."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    lines = (
+        "It was the best of times, it was the worst of times.",
+        "The river runs past the old mill and into the town.",
+        "She had read every book in the house twice before the winter was over.",
+        "No one could say why.",
+    )
+    data = [tokenizer(line) for line in lines for _ in range(4)]
+    losses = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForMaskedLM.from_pretrained(checkpoint, **NO_DROPOUT)
+        model = accelerate_model(model) if fast else model
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=6, per_device_train_batch_size=8, learning_rate=5e-4, logging_steps=1, save_strategy="no",
+            report_to="none", use_cpu=True, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, seed=0)
+        trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]
