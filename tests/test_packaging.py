@@ -84,7 +84,9 @@ def test_sdist_has_all_sources(sdist):
     held = {str(p.relative_to(sdist)) for p in sdist.rglob("*") if p.is_file()}
     assert files_below("csrc", {".cpp", ".h", ".cu", ".cuh"}) <= held
     assert (
-        files_below("kernels", {".py"}) | files_below("benchmarks", {".py"}) | files_below("roberta_fast", {".py", ".txt", ".html"})
+        files_below("kernels", {".py"})
+        | files_below("benchmarks", {".py"})
+        | files_below("roberta_fast", {".py", ".txt", ".html"})
         <= held
     )
     assert {"setup.py", "LICENSE", "README.md", "csrc/cpu/simd.h"} <= held

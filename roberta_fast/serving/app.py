@@ -1,6 +1,5 @@
 """The routes: text-embeddings-inference's where it has one for the task, Hugging Face's and OpenAI's forms beside them."""
 
-import base64
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -75,7 +74,7 @@ def _add_probes(app, service, metrics):
 
     @app.get("/ready")
     async def ready() -> dict[str, bool]:
-        """200 once the model is loaded, 503 from the beginning of a shutdown on."""
+        """200 once the model is loaded and requests are being computed."""
         service.check_health()
         return {"ready": True}
 
@@ -115,26 +114,23 @@ def _add_probes(app, service, metrics):
 def _add_routes(app, service):
     """Every route is there whatever the task; those of other tasks answer 424, as text-embeddings-inference does."""
 
-    async def questions(request: Request, pairs, parameters):
+    async def questions(request: Request, asked, parameters, shape):
         service.check_task("question-answering")
-        return await service.answer(request, jobs.answer_questions, pairs, parameters or schemas.QuestionAnsweringParameters())
+        pairs, parameters = [(item.question, item.context) for item in asked], parameters or schemas.QuestionAnsweringParameters()
+        return await service.respond(request, len(pairs), jobs.answer_questions, pairs, parameters, shape=shape)
 
     @app.post("/question", response_model=schemas.AnswerResponse)
     async def question(body: schemas.Question, request: Request):
         """The answer to a question in a context of any length."""
-        answered = await questions(request, [(body.question, body.context)], None)
-        return answered.json(lambda answers: _first(answers[0]))
+        return await questions(request, [body], None, lambda answers: _first(answers[0]))
 
     @app.post("/question-answering", response_model=schemas.AnswerResponse | list[schemas.AnswerResponse])
     async def question_answering(body: schemas.QuestionAnsweringRequest, request: Request):
         """Hugging Face's form: an answer, or a list of them where ``top_k`` is above 1; for a list of inputs a list of those."""
-        inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
-        answered = await questions(request, [(item.question, item.context) for item in inputs], body.parameters)
-        several = body.parameters is not None and body.parameters.top_k > 1
-        shaped = (lambda answers: answers) if several else _first
+        one = (lambda answers: answers) if body.parameters and body.parameters.top_k > 1 else _first
         if isinstance(body.inputs, list):
-            return answered.json(lambda answers: [shaped(item) for item in answers])
-        return answered.json(lambda answers: shaped(answers[0]))
+            return await questions(request, body.inputs, body.parameters, lambda answers: [one(item) for item in answers])
+        return await questions(request, [body.inputs], body.parameters, lambda answers: one(answers[0]))
 
     @app.post("/predict", response_model=list[schemas.PredictionResponse] | list[list[schemas.PredictionResponse]])
     async def predict(body: schemas.PredictRequest, request: Request):
@@ -142,60 +138,63 @@ def _add_routes(app, service):
         service.check_task("text-classification")
         batch = isinstance(body.inputs, list) and not (body.inputs and isinstance(body.inputs[0], str))
         texts = [tuple(item) for item in body.inputs] if batch else [_parts(body.inputs)]
-        truncation = _truncation(body.truncate, body.truncation_direction)
-        function = "none" if body.raw_scores else None
-        answered = await service.answer(request, jobs.classify, texts, truncation, function, None)
-        return answered.json(lambda results: results if batch else results[0])
+        options = (_truncation(body.truncate, body.truncation_direction), "none" if body.raw_scores else None, None)
+        shape = (lambda results: results) if batch else (lambda results: results[0])
+        return await service.respond(request, len(texts), jobs.classify, texts, *options, shape=shape)
 
     async def text_classification(body: schemas.TextClassificationRequest, request: Request):
         """Hugging Face's form: for each text its labels, best first."""
         parameters = body.parameters or schemas.TextClassificationParameters()
         texts = [(text,) for text in _listed(body.inputs)]
         options = (_truncation(body.truncate), parameters.function_to_apply, parameters.top_k)
-        return (await service.answer(request, jobs.classify, texts, *options)).json()
+        return await service.respond(request, len(texts), jobs.classify, texts, *options)
 
     @app.post("/token-classification", response_model=list[schemas.EntityResponse] | list[list[schemas.EntityResponse]])
     async def token_classification(body: schemas.TokenClassificationRequest, request: Request):
         """The entities of a text of any length, or of each of a list."""
         service.check_task("token-classification")
-        parameters = body.parameters or schemas.TokenClassificationParameters()
-        answered = await service.answer(request, jobs.find_entities, _listed(body.inputs), parameters)
-        return answered.json(lambda results: results[0] if isinstance(body.inputs, str) else results)
+        texts, parameters = _listed(body.inputs), body.parameters or schemas.TokenClassificationParameters()
+        shape = (lambda results: results[0]) if isinstance(body.inputs, str) else (lambda results: results)
+        return await service.respond(request, len(texts), jobs.find_entities, texts, parameters, shape=shape)
 
     @app.post("/embed", response_model=list[list[float]])
     async def embed(body: schemas.EmbedRequest, request: Request):
         """An embedding of each text."""
         service.check_task("embedding")
-        truncation = _truncation(body.truncate, body.truncation_direction)
-        normalize = body.normalize is not False
-        options = (truncation, normalize, body.dimensions, body.prompt_name)
-        return (await service.answer(request, jobs.embed, _listed(body.inputs), *options)).json(_floats)
+        texts, truncation = _listed(body.inputs), _truncation(body.truncate, body.truncation_direction)
+        options = (truncation, body.normalize is not False, body.dimensions, body.prompt_name)
+        return await service.respond(request, len(texts), jobs.embed, texts, *options, shape=jobs.numbers)
 
     @app.post("/similarity", response_model=list[float])
     async def similarity(body: schemas.SimilarityRequest, request: Request):
         """The cosine of each sentence with the source sentence."""
         service.check_task("embedding")
-        parameters = body.parameters or schemas.SimilarityParameters()
-        texts = [body.inputs.source_sentence, *body.inputs.sentences]
-        truncation = _truncation(parameters.truncate, parameters.truncation_direction)
-        answered = await service.answer(request, jobs.embed, texts, truncation, True, None, parameters.prompt_name)
-        return answered.json(lambda vectors: [float(np.dot(vectors[0], vector)) for vector in vectors[1:]])
+        parameters, others = body.parameters or schemas.SimilarityParameters(), body.inputs.sentences
+        options = (_truncation(parameters.truncate, parameters.truncation_direction), True, None, parameters.prompt_name)
 
-    @app.post("/rerank", response_model=list[schemas.RankResponse], response_model_exclude_none=True)
+        def shape(vectors):
+            return [float(np.dot(vectors[0], vector)) for vector in vectors[1:]]
+
+        texts = [body.inputs.source_sentence, *others]
+        return await service.respond(request, len(others), jobs.embed, texts, *options, shape=shape)
+
+    @app.post("/rerank", response_model=list[schemas.RankResponse])
     async def rerank(body: schemas.RerankRequest, request: Request):
         """The texts by their score for the query, best first."""
         service.check_task("text-classification")
-        truncation = _truncation(body.truncate, body.truncation_direction)
-        options = (truncation, body.raw_scores, body.return_text)
-        return (await service.answer(request, jobs.rerank, body.query, body.texts, *options)).json()
+        options = (_truncation(body.truncate, body.truncation_direction), body.raw_scores, body.return_text)
+        return await service.respond(request, len(body.texts), jobs.rerank, body.query, body.texts, *options)
 
     @app.post("/fill-mask", response_model=list[schemas.WordResponse] | list[list[schemas.WordResponse]] | list)
     async def fill_mask(body: schemas.FillMaskRequest, request: Request):
         """The likeliest words for the mask; a list a mask where a text has several, and a list a text where there are several."""
         service.check_task("fill-mask")
-        parameters = body.parameters or schemas.FillMaskParameters()
-        answered = await service.answer(request, jobs.fill_masks, _listed(body.inputs), parameters)
-        return answered.json(lambda results: _unnested([_unnested(masks) for masks in results], isinstance(body.inputs, str)))
+        texts, parameters = _listed(body.inputs), body.parameters or schemas.FillMaskParameters()
+
+        def shape(results):
+            return _unnested([_unnested(masks) for masks in results], isinstance(body.inputs, str))
+
+        return await service.respond(request, len(texts), jobs.fill_masks, texts, parameters, shape=shape)
 
     @app.post(
         "/v1/embeddings",
@@ -205,15 +204,9 @@ def _add_routes(app, service):
     async def openai_embeddings(body: schemas.OpenAIEmbeddingsRequest, request: Request):
         """OpenAI's form of ``/embed``."""
         service.check_task("embedding")
-        answered = await service.answer(request, jobs.embed, _listed(body.input), None, True, body.dimensions)
-
-        def shaped(vectors):
-            values = [_base64(v) for v in vectors] if body.encoding_format == "base64" else _floats(vectors)
-            data = [{"object": "embedding", "embedding": value, "index": i} for i, value in enumerate(values)]
-            usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
-            return {"object": "list", "data": data, "model": body.model or service.settings.model, "usage": usage}
-
-        return answered.json(shaped)
+        texts, model = _listed(body.input), body.model or service.settings.model
+        options = (body.dimensions, body.encoding_format, model)
+        return await service.respond(request, len(texts), jobs.openai_embeddings, texts, *options)
 
     async def embed_or_compare(body: schemas.EmbedRequest | schemas.SimilarityRequest, request: Request):
         """As ``/embed``, or as ``/similarity`` where inputs are a source sentence and others."""
@@ -274,12 +267,3 @@ def _truncation(truncate, direction="right"):
 
 def _unnested(items, alone=True):
     return items[0] if alone and len(items) == 1 else items
-
-
-def _floats(vectors):
-    # As text a float32 has half the digits that the double of the same value has.
-    return vectors.astype(str).astype(np.float64).tolist()
-
-
-def _base64(vector):
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -3,6 +3,7 @@
 Both halves run outside the event loop. Texts are checked here; what does not fit raises RequestError.
 """
 
+import base64
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,11 @@ class Job(NamedTuple):
 
     feeds: list[Feed]
     finish: Callable[[list[np.ndarray]], Any]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed, special ones included."""
+        return sum(len(feed.input_ids) for feed in self.feeds)
 
 
 def answer_questions(engine: Engine, pairs: Sequence[tuple[str, str]], parameters) -> Job:
@@ -139,6 +145,26 @@ def embed(
     return Job(_feeds(windows), finish)
 
 
+def openai_embeddings(engine: Engine, texts: Sequence[str], dimensions: int | None, encoding: str, model: str) -> Job:
+    """As ``embed``, in OpenAI's form. encoding: ``float``, or ``base64`` of little-endian float32."""
+    job = embed(engine, texts, None, dimensions=dimensions)
+
+    def finish(outputs):
+        vectors = job.finish(outputs)
+        values = [_base64(vector) for vector in vectors] if encoding == "base64" else numbers(vectors)
+        data = [{"object": "embedding", "embedding": value, "index": i} for i, value in enumerate(values)]
+        usage = {"prompt_tokens": job.tokens, "total_tokens": job.tokens}
+        return {"object": "list", "data": data, "model": model, "usage": usage}
+
+    return Job(job.feeds, finish)
+
+
+def numbers(vectors: np.ndarray) -> list[list[float]]:
+    """Lists for JSON that read back as the same float32."""
+    # As text a float32 has half the digits that the double of the same value has.
+    return vectors.astype(str).astype(np.float64).tolist()
+
+
 def fill_masks(engine: Engine, texts: Sequence[str], parameters) -> Job:
     """The likeliest words for each mask of each text: a list of words a mask. parameters: ``FillMaskParameters``."""
     windows = _one_each(engine, [(text,) for text in texts], None)
@@ -187,6 +213,10 @@ def _scores(logits, function):
     # Of -|x| there is no overflow.
     small = np.exp(-np.abs(logits))
     return np.where(logits < 0, small, 1.0) / (1.0 + small) if function == "sigmoid" else logits
+
+
+def _base64(vector):
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
 def _feeds(windows: Sequence[Window]) -> list[Feed]:

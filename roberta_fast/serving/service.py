@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
@@ -19,23 +18,6 @@ from roberta_fast.serving.metrics import Metrics
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is there to read it
 PREPARING_THREADS = 2
 PATIENCE = 0.5  # of a request's time may pass in the queue; where more would, it is told at once
-
-
-@dataclass
-class Answered:
-    """A finished request: the job's result, what it took, and its tokens."""
-
-    result: Any
-    headers: dict[str, str]
-    tokens: int
-    gone: bool = False
-
-    def json(self, shape: Callable[[Any], Any] = lambda result: result) -> Response:
-        """The response whose body is ``shape(result)``."""
-        if self.gone:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        body = json.dumps(shape(self.result), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return Response(body.encode(), media_type="application/json", headers=self.headers)
 
 
 class Service:
@@ -75,29 +57,30 @@ class Service:
         if self.engine.task != task:
             raise RequestError("backend", f"model is not a {task} model, but one for {self.engine.task}")
 
-    async def answer(self, request: Request, prepare: Callable, texts, *arguments) -> Answered:
-        """What the job of ``prepare(engine, texts, *arguments)`` makes of its outputs.
+    async def respond(
+        self, request: Request, count: int, prepare: Callable, *arguments, shape: Callable[[Any], Any] = lambda result: result
+    ) -> Response:
+        """The response whose body is ``shape(result)``, of the result of the job that ``prepare(engine, *arguments)`` gives.
 
-        Nothing of it is computed any more once the client is gone or the deadline has passed.
+        count: texts in the request. Nothing of it is computed any more once the client is gone or the deadline has passed.
         Raises RequestError.
         """
-        count = len(arguments[0]) if isinstance(texts, str) else len(texts)
         if count > self.settings.max_client_batch_size:
             limit = self.settings.max_client_batch_size
             raise RequestError("validation", f"batch size {count} > maximum allowed batch size {limit}")
-        work = asyncio.ensure_future(self._work(prepare, texts, *arguments))
+        work = asyncio.ensure_future(self._work(prepare, arguments, shape))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 self.metrics.disconnects.inc()
-                return Answered(None, {}, 0, gone=True)
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
             return work.result()
         finally:
             gone.cancel()
             work.cancel()
 
-    async def _work(self, prepare, *arguments):
+    async def _work(self, prepare, arguments, shape):
         loop, begun = asyncio.get_running_loop(), time.monotonic()
         with self.batcher.admitted(), self.metrics.in_flight.track_inprogress():
             try:
@@ -105,19 +88,23 @@ class Service:
                     job = await loop.run_in_executor(self._threads, prepare, self.engine, *arguments)
                     prepared = time.monotonic()
                     computed = await self.batcher.run(job.feeds)
-                    result = await loop.run_in_executor(self._threads, job.finish, computed.outputs)
+                    body = await loop.run_in_executor(self._threads, _body, job, computed.outputs, shape)
             except TimeoutError:
                 raise RequestError("timeout", f"not computed within {self.settings.timeout:g} seconds") from None
         self.metrics.queue_seconds.observe(computed.queued)
-        tokens = sum(len(feed.input_ids) for feed in job.feeds)
         times = {
             "x-total-time": time.monotonic() - begun,
             "x-tokenization-time": prepared - begun,
             "x-queue-time": computed.queued,
             "x-inference-time": computed.computing,
         }
-        headers = {name: str(round(1e3 * seconds)) for name, seconds in times.items()}
-        return Answered(result, {"x-compute-type": self.engine.device, "x-compute-tokens": str(tokens)} | headers, tokens)
+        headers = {"x-compute-type": self.engine.device, "x-compute-tokens": str(job.tokens)}
+        headers |= {name: str(round(1e3 * seconds)) for name, seconds in times.items()}
+        return Response(body, media_type="application/json", headers=headers)
+
+
+def _body(job, outputs, shape):
+    return json.dumps(shape(job.finish(outputs)), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 async def _disconnected(request: Request) -> None:

@@ -74,7 +74,12 @@ def test_prompts_and_pooling_of_the_folder(checkpoint, tmp_path):
     ("files", "message"),
     [
         (
-            {"modules": [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"type": "a.Dense", "path": "2_Dense"}]},
+            {
+                "modules": [
+                    {"type": "sentence_transformers.models.Transformer", "path": ""},
+                    {"type": "a.Dense", "path": "2_Dense"},
+                ]
+            },
             "is made of Transformer, Dense: only Transformer, Pooling and Normalize",
         ),
         ({"1_Pooling__config": {"pooling_mode_lasttoken": True}}, r"pools by \['pooling_mode_lasttoken'\]: give --pooling"),
