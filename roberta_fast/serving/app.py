@@ -94,7 +94,7 @@ def _add_probes(app, service, metrics):
             "model_type": model_type,
             "model_dtype": settings.dtype,
             "task": task,
-            "precision": settings.precision or settings.dtype,
+            "precision": engine.precision,
             "deterministic": settings.deterministic,
             "backend": "huggingface" if settings.stock else "roberta_fast",
             "max_input_length": engine.max_length,

@@ -48,7 +48,8 @@ class Engine:
     """Loads what ``settings`` name and computes with it.
 
     task: a key of ``TASKS``. max_length: tokens that the model takes, special ones included. max_batch_tokens: a batch's budget.
-    prompts: what embedding models want before a text, by name. Raises ValueError naming the setting that does not fit.
+    precision: ``int8`` or the dtype. prompts: what embedding models want before a text, by name.
+    Raises ValueError naming the setting that does not fit.
     """
 
     def __init__(self, settings: Settings):
@@ -62,6 +63,7 @@ class Engine:
         if not self.tokenizer.is_fast:
             raise ValueError(f"--model {settings.model}: its tokenizer {type(self.tokenizer).__name__} is no fast one")
         self.prompts, self.default_prompt = {}, None
+        self.precision = settings.precision or settings.dtype
         self.pooling, longest = self._pooling() if self.task == "embedding" else (None, None)
         self.model = self._model()
         reserved = self.config.pad_token_id + 1 if self.config.model_type in _OFFSET_POSITIONS else 0
@@ -136,18 +138,18 @@ class Engine:
         return [part.numpy() for part in logits.split([len(feed.masked) for feed in feeds])]
 
     def _model(self):
-        settings, kwargs = self.settings, {}
+        settings = self.settings
         if settings.stock and (settings.precision or settings.deterministic):
             raise ValueError("--stock serves plain Hugging Face, which has no --precision and no --deterministic")
-        if not settings.stock:
-            kwargs = {"precision": settings.precision, "deterministic": settings.deterministic}
+        if settings.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a CUDA device and a CUDA build of torch")
+        auto = getattr(transformers, TASKS[self.task])
         if Path(settings.model, QUANTIZED_FILE).is_file():
             if settings.stock or settings.dtype != "float32":
                 raise ValueError(f"--model {settings.model} holds 8-bit weights: neither --stock nor --dtype {settings.dtype}")
-            return roberta_fast.load_quantized(settings.model, deterministic=settings.deterministic)
-        auto = getattr(transformers, TASKS[self.task])
-        options = {"dtype": getattr(torch, settings.dtype), "output_loading_info": True}
-        model, info = _loaded(auto, settings.model, **options)
+            self.precision = "int8"
+            return roberta_fast.load_quantized(settings.model, auto, deterministic=settings.deterministic)
+        model, info = _loaded(auto, settings.model, dtype=getattr(torch, settings.dtype), output_loading_info=True)
         missing = [name for name in info["missing_keys"] if "pooler" not in name or self.task == "text-classification"]
         if missing:
             names = ", ".join(sorted(missing)[:3])
@@ -155,7 +157,7 @@ class Engine:
         model.eval().requires_grad_(False).to(self.device)
         if settings.stock:
             return model
-        roberta_fast.accelerate_model(model, **kwargs)
+        roberta_fast.accelerate_model(model, precision=settings.precision, deterministic=settings.deterministic)
         if settings.precision == "int8" and self.device == "cpu":
             roberta_fast.release_weights(model)
         return model

@@ -28,10 +28,6 @@ def run(argv: list[str]) -> int:
     if missing:
         print(f"roberta-fast serve needs {', '.join(missing)}: pip install 'roberta_fast[serve]'", file=sys.stderr)
         return 2
-    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    # Libraries log requests and warn of long texts.
-    for name in ("httpx", "transformers.tokenization_utils_base"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     import uvicorn
 
     try:
@@ -48,7 +44,7 @@ def run(argv: list[str]) -> int:
         }
         if settings.workers > 1:
             return _serve_by_workers(settings, options)
-        server = uvicorn.Server(uvicorn.Config(_app(settings), **options))
+        server = uvicorn.Server(uvicorn.Config(_app(settings, args.log_level), **options))
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises what it handled once more at its end
@@ -67,22 +63,23 @@ def _serve_by_workers(settings, options):
     task_of(settings)  # rather than in every worker
     with tempfile.TemporaryDirectory(prefix="roberta-fast-metrics-") as folder:
         os.environ[SHARED_FOLDER] = folder
-        config = uvicorn.Config(functools.partial(_app_of_worker, settings), factory=True, **options)
+        config = uvicorn.Config(functools.partial(_app_of_worker, settings, options["log_level"]), factory=True, **options)
         Multiprocess(config, sockets=[config.bind_socket()]).run()
     return 0
 
 
-def _app_of_worker(settings):
+def _app_of_worker(settings, log_level):
     from uvicorn.config import STARTUP_FAILURE
 
     try:
-        return _app(settings)
+        return _app(settings, log_level)
     except ValueError as error:
         print(f"roberta-fast serve: error: {error}", file=sys.stderr)
         raise SystemExit(STARTUP_FAILURE) from None  # by which the others are ended, rather than this one started again
 
 
-def _app(settings):
+def _app(settings, log_level):
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     from roberta_fast.serving.app import create_app
     from roberta_fast.serving.engine import Engine
 

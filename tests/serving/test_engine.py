@@ -100,7 +100,9 @@ def test_a_folder_of_8_bit_weights(model_folder, tmp_path, sentences):
     made = Engine(Settings(source, threads=1, precision="int8"))
     feeds = jobs.classify(made, [(text,) for text in sentences[:5]], None, None, None).feeds
     np.testing.assert_array_equal(saved.compute(feeds), made.compute(feeds))
-    assert saved.task == "text-classification" and "int8" in saved.explanation()
+    assert saved.task == "text-classification" and saved.precision == "int8" and "int8" in saved.explanation()
+    with pytest.raises(ValueError, match=r"holds tensors that|needs \w+"):
+        Engine(Settings(str(tmp_path / "int8"), task="question-answering", threads=1))
 
 
 def test_the_task_is_that_of_the_architecture(model_folder):

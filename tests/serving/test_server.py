@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from roberta_fast.cli import main
 
@@ -81,6 +82,13 @@ def test_workers_share_the_port_and_the_metrics(checkpoint, tmp_path):
     assert not [line for line in (tmp_path / "log").read_text().splitlines() if "Traceback" in line]
 
 
+@pytest.mark.slow
+def test_workers_that_cannot_load_end_the_command(checkpoint):
+    arguments = ["--model", checkpoint, "--task", "question-answering", "--workers", "2", "--port", "0"]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
+    assert "has no weights for --task question-answering" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,11 +97,14 @@ def test_workers_share_the_port_and_the_metrics(checkpoint, tmp_path):
         (["--model", "MODEL", "--timeout", "0"], "'0' is not a number of seconds above 0"),
         (["--model", "MODEL", "--max-batch-tokens", "-1"], "'-1' is not a whole number from 1 on"),
         (["--model", "MODEL", "--api-key-file", "/nonexistent"], "--api-key-file: /nonexistent cannot be read"),
+        (["--model", "MODEL", "--device", "cuda"], "--device cuda needs a CUDA device"),
         (["--model", "MODEL", "--stock", "--deterministic"], "--stock serves plain Hugging Face"),
         (["--model", "MODEL", "--task", "question-answering"], "has no weights for --task question-answering: qa_outputs.bias"),
     ],
 )
 def test_what_cannot_be_served_is_said(checkpoint, arguments, message, capsys, monkeypatch):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is one")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as ended:
         main(["serve", *(checkpoint if argument == "MODEL" else argument for argument in arguments)])
