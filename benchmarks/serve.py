@@ -146,7 +146,8 @@ async def closed_loop(server: Server, requests: list[dict], seconds: float) -> t
     async def client(http):
         nonlocal answered
         while time.monotonic() < begun + seconds:
-            answered += (await http.post(PATH, json=next(source))).status_code == 200
+            response = await http.post(PATH, json=next(source))
+            answered += response.status_code == 200
 
     async with _http(server) as http:
         await asyncio.gather(*(client(http) for _ in range(CLIENTS)))
