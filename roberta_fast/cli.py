@@ -11,6 +11,7 @@ COMMANDS = {
     "finetune": ("roberta_fast.training.cli", "a model on a task: classification, ner, qa, translation, generation"),
     "predict": ("roberta_fast.training.prediction", "what a fine-tuned model says of new data"),
     "pretrain": ("roberta_fast.training.pretraining.command", "RoBERTa from text: `prepare` tokenizes it, without it trains"),
+    "serve": ("roberta_fast.serving.server", "a model over HTTP, batched by real tokens"),
     "bench": ("roberta_fast.benchmarks.encoder", "the encoder against its peers, in one run"),
 }
 

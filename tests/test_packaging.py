@@ -84,7 +84,9 @@ def test_sdist_has_all_sources(sdist):
     held = {str(p.relative_to(sdist)) for p in sdist.rglob("*") if p.is_file()}
     assert files_below("csrc", {".cpp", ".h", ".cu", ".cuh"}) <= held
     assert (
-        files_below("kernels", {".py"}) | files_below("benchmarks", {".py"}) | files_below("roberta_fast", {".py", ".txt"})
+        files_below("kernels", {".py"})
+        | files_below("benchmarks", {".py"})
+        | files_below("roberta_fast", {".py", ".txt", ".html"})
         <= held
     )
     assert {"setup.py", "LICENSE", "README.md", "csrc/cpu/simd.h"} <= held
@@ -97,7 +99,7 @@ def test_wheel_has_the_package_and_nothing_beside_it(wheel):
     assert wheel.name.endswith("-py3-none-any.whl"), "without an extension a wheel fits every platform"
     assert {name.split("/")[0] for name in held} == {"roberta_fast", f"{wheel.name.rsplit('-', 3)[0]}.dist-info"}
     mapped = {f"roberta_fast/{name}" for folder in ("kernels", "benchmarks") for name in files_below(folder, {".py"})}
-    assert mapped | files_below("roberta_fast", {".py", ".txt"}) <= held
+    assert mapped | files_below("roberta_fast", {".py", ".txt", ".html"}) <= held
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 

@@ -1,5 +1,6 @@
 """Windows are those of Hugging Face's tokenizers; answers are found by hand, by brute force, and in any Unicode."""
 
+import copy
 import itertools
 import random
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
 from roberta_fast.tasks.question_answering import Answer, best_answers, windows_of
-from roberta_fast.tasks.windows import Window
+from roberta_fast.tasks.windows import TooLong, Window, Windower
 
 QUESTION = "Who wrote the Christmas Carol?"
 CONTEXT = (
@@ -65,6 +66,26 @@ def test_windows_are_those_of_the_tokenizer(tokenizer, max_length, doc_stride):
         inside = [place for place, owner in enumerate(theirs.sequence_ids(i)) if owner == 1]
         assert inside == list(range(window.place, window.place + len(window.offsets)))
         assert [theirs.word_ids(i)[place] for place in inside] == window.words
+
+
+@pytest.mark.parametrize("truncation_side", ["right", "left"])
+@pytest.mark.parametrize("max_length", [12, 31, 40, 500])
+def test_one_window_each_is_truncated_as_by_the_tokenizer(tokenizer, max_length, truncation_side):
+    texts = [(CONTEXT, QUESTION), (QUESTION, CONTEXT), (CONTEXT, CONTEXT[:300]), (CONTEXT,), (QUESTION,), ("", CONTEXT)]
+    windows = Windower(tokenizer, max_length).one_each(texts, truncation_side)
+    theirs = copy.deepcopy(tokenizer)  # it keeps its truncation
+    theirs.truncation_side = truncation_side
+    wanted = [theirs(*parts, truncation="longest_first", max_length=max_length) for parts in texts]
+    assert [w.input_ids for w in windows] == [encoding["input_ids"] for encoding in wanted]
+    with pytest.raises(TooLong, match=r"text 0 must have at most 12 tokens, special ones included, got \d+"):
+        Windower(tokenizer, 12).one_each(texts)
+
+
+def test_windows_within_a_limit(tokenizer):
+    tokens = sum(len(w.input_ids) for w in Windower(tokenizer, 64, 8).of_pairs([QUESTION], [CONTEXT]))
+    assert Windower(tokenizer, 64, 8, max_tokens=tokens).of_pairs([QUESTION], [CONTEXT])
+    with pytest.raises(TooLong, match=f"in windows of 64 that overlap by 8 there are over {tokens - 1} tokens"):
+        Windower(tokenizer, 64, 8, max_tokens=tokens - 1).of_pairs([QUESTION], [CONTEXT])
 
 
 def test_every_span_is_what_the_context_holds(tokenizer):

@@ -1,0 +1,1 @@
+"""``roberta-fast serve``: a model over HTTP, batched by real tokens."""

@@ -1,0 +1,164 @@
+"""``roberta-fast serve``: a model over HTTP, batched by real tokens."""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from roberta_fast.serving.settings import POOLINGS, TASKS, Settings
+
+logger = logging.getLogger("roberta_fast.serving")
+
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_SHUTDOWN_SECONDS = 5  # beyond a request's own deadline
+_LOADING_SECONDS = 120  # a worker that is silent for longer is replaced
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command: serves until SIGTERM or SIGINT, then finishes what was accepted. Exits with 2 on bad arguments."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"roberta-fast serve needs {', '.join(missing)}: pip install 'roberta_fast[serve]'", file=sys.stderr)
+        return 2
+    import uvicorn
+
+    try:
+        settings = _settings(args)
+        options = {
+            "host": args.host,
+            "port": args.port,
+            "workers": settings.workers,
+            "log_level": args.log_level,
+            "access_log": args.access_log,
+            "server_header": False,
+            "timeout_graceful_shutdown": round(settings.timeout + _SHUTDOWN_SECONDS),
+            "timeout_worker_healthcheck": _LOADING_SECONDS,
+        }
+        if settings.workers > 1:
+            return _serve_by_workers(settings, options)
+        server = uvicorn.Server(uvicorn.Config(_app(settings, args.log_level), **options))
+    except ValueError as error:
+        parser.error(str(error))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises what it handled once more at its end
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    return 0 if server.started else 1
+
+
+def _serve_by_workers(settings, options):
+    import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    from roberta_fast.serving.engine import task_of
+    from roberta_fast.serving.metrics import SHARED_FOLDER
+
+    task_of(settings)  # rather than in every worker
+    with tempfile.TemporaryDirectory(prefix="roberta-fast-metrics-") as folder:
+        os.environ[SHARED_FOLDER] = folder
+        config = uvicorn.Config(functools.partial(_app_of_worker, settings, options["log_level"]), factory=True, **options)
+        Multiprocess(config, sockets=[config.bind_socket()]).run()
+    return 0
+
+
+def _app_of_worker(settings, log_level):
+    from uvicorn.config import STARTUP_FAILURE
+
+    try:
+        return _app(settings, log_level)
+    except ValueError as error:
+        print(f"roberta-fast serve: error: {error}", file=sys.stderr)
+        raise SystemExit(STARTUP_FAILURE) from None  # by which the others are ended, rather than this one started again
+
+
+def _app(settings, log_level):
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    from roberta_fast.serving.app import create_app
+    from roberta_fast.serving.engine import Engine
+
+    engine = Engine(settings)
+    logger.info("%s: %s on %s\n%s", settings.model, engine.task, engine.device, engine.explanation())
+    return create_app(engine)
+
+
+def _settings(args) -> Settings:
+    """Raises ValueError naming an argument that does not fit."""
+    api_key = None
+    if args.api_key_file is not None:
+        try:
+            api_key = args.api_key_file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"argument --api-key-file: {args.api_key_file} cannot be read: {error}") from None
+        if not api_key.isprintable() or len(api_key) < 8:
+            raise ValueError(f"argument --api-key-file: {args.api_key_file} must hold one line of at least 8 characters")
+    values = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if name != "api_key"}
+    if values["threads"] is None and args.workers > 1:
+        values["threads"] = max(1, (os.cpu_count() or 1) // args.workers)
+    return Settings(**values, api_key=api_key)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="roberta-fast serve", description=__doc__.replace("`", ""))
+    add = parser.add_argument
+    defaults = Settings("")
+    add("--model", required=True, help="a checkpoint folder or a name on the Hub; a folder of save_quantized does too")
+    add("--task", choices=tuple(TASKS), help="default: what the model's architecture is made for")
+    add("--host", default="127.0.0.1", help="0.0.0.0 to be reached from other machines (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="default: 8000")
+    add("--workers", type=_positive, default=1, help="processes, each with the model (default: 1)")
+    add("--threads", type=_positive, help="CPU threads of the model in each worker (default: torch's; cores / workers)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default=defaults.dtype, help="default: float32")
+    add("--precision", choices=("int8",), help="8-bit weights in the encoder's layers, on CPU")
+    add("--deterministic", action="store_true", help="the same bits whatever a text is batched with")
+    add("--stock", action="store_true", help="plain Hugging Face, not accelerated, for comparison")
+    add("--pooling", choices=POOLINGS, help="of embeddings (default: what the model's folder says, else mean)")
+    add("--max-batch-tokens", type=_positive, help="a batch's budget (default: 1024 on cpu, 16384 on cuda)")
+    add("--max-batch-requests", type=_positive, help="sequences in a batch (default: any number)")
+    add(
+        "--max-queue",
+        type=_positive,
+        default=defaults.max_queue,
+        help="requests in a worker; others get 429 (default: %(default)s)",
+    )
+    add(
+        "--max-client-batch-size",
+        type=_positive,
+        default=defaults.max_client_batch_size,
+        help="texts in a request (default: %(default)s)",
+    )
+    add("--max-request-tokens", type=_positive, default=defaults.max_request_tokens, help="of all windows (default: %(default)s)")
+    add(
+        "--max-request-bytes",
+        type=_positive,
+        default=defaults.max_request_bytes,
+        help="of a request's body (default: %(default)s)",
+    )
+    add("--timeout", type=_seconds, default=defaults.timeout, help="seconds for a request; queued ones are dropped (default: 30)")
+    add("--api-key-file", type=Path, help="a file with the bearer token that requests must bring")
+    add("--access-log", action="store_true", help="log a line a request, with its path")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info")
+    return parser
+
+
+def _positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _seconds(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value

@@ -1,0 +1,36 @@
+"""What an operator chooses; it travels whole to every worker process."""
+
+from dataclasses import dataclass, field
+
+TASKS = {  # {task: the class of transformers that holds its head}
+    "question-answering": "AutoModelForQuestionAnswering",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "embedding": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+}
+POOLINGS = ("mean", "cls", "max")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of ``roberta-fast serve``; its ``--help`` says what each means."""
+
+    model: str
+    task: str | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    precision: str | None = None
+    deterministic: bool = False
+    stock: bool = False
+    pooling: str | None = None
+    threads: int | None = None
+    max_batch_tokens: int | None = None
+    max_batch_requests: int | None = None
+    max_queue: int = 512
+    max_client_batch_size: int = 32
+    max_request_tokens: int = 65_536
+    max_request_bytes: int = 2_000_000
+    timeout: float = 30.0
+    workers: int = 1
+    api_key: str | None = field(default=None, repr=False)
