@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
