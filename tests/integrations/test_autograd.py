@@ -5,13 +5,21 @@ import functools
 
 import pytest
 import torch
+from model_trio import (
+    assert_same_gradients,
+    assert_same_outputs,
+    assert_same_training_step,
+    gradients,
+    tiny_inputs,
+    tiny_model,
+    trio,
+)
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.func import functional_call
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from transformers import RobertaForSequenceClassification
-from trio import assert_same_gradients, assert_same_outputs, assert_same_training_step, gradients, tiny_inputs, tiny_model, trio
 
 from roberta_fast import accelerate_model, explain, restore_model
 from roberta_fast.testing import MASKS, assert_close_as_torch, random_inputs

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from model_trio import Trio, tiny_inputs, tiny_model, trio
 from torch import nn
 from transformers import AutoModel, BertModel, EncoderDecoderConfig, EncoderDecoderModel, RobertaForCausalLM
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.models.auto import modeling_auto
-from trio import Trio, tiny_inputs, tiny_model, trio
 
 from roberta_fast import accelerate_model, explain, supported_model_types
 from roberta_fast.encoder import FastEncoder

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from model_trio import assert_same_gradients, gradients, tiny_model, trio
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import RobertaForMaskedLM, RobertaForSequenceClassification
-from trio import assert_same_gradients, gradients, tiny_model, trio
 
 from roberta_fast import accelerate_model, explain
 from roberta_fast.testing import assert_close_as_torch, ragged_mask, random_inputs

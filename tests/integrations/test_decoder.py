@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from model_trio import NO_DROPOUT, Trio, assert_same_gradients, gradients
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -12,7 +13,6 @@ from transformers import (
     EncoderDecoderModel,
     StaticCache,
 )
-from trio import NO_DROPOUT, Trio, assert_same_gradients, gradients
 
 from roberta_fast import accelerate_model, explain, restore_model
 from roberta_fast.testing import MASKS, random_inputs, randomize, tiny_config

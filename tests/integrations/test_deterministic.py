@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
+from model_trio import NO_DROPOUT, assert_same_gradients, gradients, tiny_inputs, tiny_model, trio
 from torch import nn
 from transformers import AutoModel, BertForSequenceClassification, RobertaForCausalLM, RobertaForSequenceClassification
-from trio import NO_DROPOUT, assert_same_gradients, gradients, tiny_inputs, tiny_model, trio
 
 from roberta_fast import (
     FastOptions,

@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
+from model_trio import LABELS, MASK, assert_same_gradients, gradients, tiny_model, trio
 from ranks import run_ranks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import RobertaForSequenceClassification
-from trio import LABELS, MASK, assert_same_gradients, gradients, tiny_model, trio
 
 from roberta_fast import accelerate_model, explain, restore_model
 from roberta_fast.packing import PackedBatch

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from model_trio import NO_DROPOUT, Trio, assert_same_gradients, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -15,7 +16,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trio import NO_DROPOUT, Trio, assert_same_gradients, gradients
 
 from roberta_fast import accelerate_model, check_parity, explain, restore_model
 from roberta_fast.demo import read_sentences

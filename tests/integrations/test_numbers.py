@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from model_trio import tiny_inputs, tiny_model
 from transformers import BertForMaskedLM, BertModel, RobertaForSequenceClassification
-from trio import tiny_inputs, tiny_model
 
 from roberta_fast import accelerate_model, explain, restore_model
 from roberta_fast.testing import MASKS, assert_close_as_torch, random_inputs

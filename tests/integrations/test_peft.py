@@ -4,8 +4,16 @@ import copy
 
 import pytest
 import torch
+from model_trio import (
+    Trio,
+    assert_same_gradients,
+    assert_same_outputs,
+    assert_same_training_step,
+    gradients,
+    tiny_inputs,
+    tiny_model,
+)
 from transformers import RobertaForSequenceClassification
-from trio import Trio, assert_same_gradients, assert_same_outputs, assert_same_training_step, gradients, tiny_inputs, tiny_model
 
 from roberta_fast import accelerate_model, explain, restore_model
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_trio import MASK, tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -20,7 +21,6 @@ from transformers import (
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
 )
-from trio import MASK, tiny_model
 
 from roberta_fast import accelerate_model, check_parity, load_quantized, release_weights, restore_model, save_quantized
 from roberta_fast.quantized import FILE, VERSION

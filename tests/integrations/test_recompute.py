@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from model_trio import assert_same_gradients, gradients, tiny_inputs, tiny_model, trio
 from transformers import RobertaForCausalLM, RobertaForSequenceClassification
-from trio import assert_same_gradients, gradients, tiny_inputs, tiny_model, trio
 
 from roberta_fast import FastOptions, accelerate_model
 from roberta_fast.testing import randomize, tiny_config

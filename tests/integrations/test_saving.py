@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_trio import tiny_model
 from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertModel, RobertaForCausalLM
-from trio import tiny_model
 
 from roberta_fast import (
     FastRobertaEncoder,

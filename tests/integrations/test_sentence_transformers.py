@@ -6,8 +6,8 @@ import importlib.util
 
 import pytest
 import torch
+from model_trio import tiny_model
 from transformers import AutoTokenizer, BertForSequenceClassification
-from trio import tiny_model
 
 from roberta_fast import accelerate_model, explain, patch_transformers, unpatch_transformers
 

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.multiprocessing as mp
+from model_trio import assert_same_gradients, gradients, tiny_inputs, tiny_model, trio
 from torch.utils.data import DataLoader, Dataset
 from transformers import RobertaForSequenceClassification
-from trio import assert_same_gradients, gradients, tiny_inputs, tiny_model, trio
 
 from roberta_fast import accelerate_model, explain
 from roberta_fast.testing import ragged_mask

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from model_trio import Trio, assert_same_gradients, gradients, tiny_inputs, tiny_model, trio
 from torch.nn.utils.rnn import pad_sequence
 from transformers import RobertaForMaskedLM, RobertaForSequenceClassification, Trainer, TrainingArguments
-from trio import Trio, assert_same_gradients, gradients, tiny_inputs, tiny_model, trio
 
 from roberta_fast import accelerate_model, explain
 from roberta_fast.testing import TINY

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from transformers import (
 from roberta_fast.accelerate import accelerate_model
 from roberta_fast.fairseq import from_fairseq
 from roberta_fast.training import report
-from roberta_fast.training.arguments import as_flags, command_line
+from roberta_fast.training.arguments import as_flags
 from roberta_fast.training.checkpoints import STAGING, damage_of, last_complete_checkpoint
 from roberta_fast.training.pretraining.arguments import CorpusArguments, RunArguments
 from roberta_fast.training.pretraining.batches import BlockReader, EvaluationBatches, TrainingBatches
@@ -220,7 +222,7 @@ def _save(trainer):
 def _report(trainer, metrics: Mapping, index, run, data, args):
     folder = Path(args.output_dir)
     record = {
-        "command": command_line(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "metrics": metrics,
         "unigram_entropy": {name: split["unigram_entropy"] for name, split in index["splits"].items()},
         "tokens": {name: split["tokens"] for name, split in index["splits"].items()},
