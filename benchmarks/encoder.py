@@ -10,6 +10,7 @@ from roberta_fast.benchmarks import measure, report, scaling, shapes
 from roberta_fast.benchmarks.comparison import Comparison, NotTheSame
 from roberta_fast.benchmarks.peers import BASELINE, PEERS, peers_named
 from roberta_fast.benchmarks.report import LATENCY
+from roberta_fast.families import longest_sequence
 
 LATENCY_LENGTH = 32
 DENSE = {"cpu": [(8, 256)], "cuda": [(256, 128), (64, 512)]}
@@ -107,7 +108,7 @@ def _scaling(args, device, dtype, peers):
             raise ValueError(f"argument {name}: the batches of --scaling have lengths of their own")
     name = args.model or scaling.MODEL
     model = _argument("--model", shapes.build_model, name)
-    longest = args.longest or min(LONGEST, shapes.longest_sequence(model.config))
+    longest = args.longest or min(LONGEST, longest_sequence(model.config))
     count = args.batch_size or scaling.SEQUENCES[device]
     curves = _argument("--longest", lambda length: scaling.batches(model.config, count, length), longest)
     curves = {curve: [batch.to(device) for batch in points] for curve, points in curves.items()}
@@ -116,7 +117,7 @@ def _scaling(args, device, dtype, peers):
 
 def _fitting(sizes, config):
     """The default sizes, no longer than the model takes."""
-    return list(dict.fromkeys((rows, min(seqlen, shapes.longest_sequence(config))) for rows, seqlen in sizes))
+    return list(dict.fromkeys((rows, min(seqlen, longest_sequence(config))) for rows, seqlen in sizes))
 
 
 def _dense(sizes, config):

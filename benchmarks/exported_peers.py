@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from roberta_fast.benchmarks.shapes import Batch, longest_sequence
+from roberta_fast.benchmarks.shapes import Batch
+from roberta_fast.families import longest_sequence
 from roberta_fast.report import stock_clone
 
 INPUTS = ("input_ids", "attention_mask")

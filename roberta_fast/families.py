@@ -268,6 +268,19 @@ def supported_model_types() -> tuple[str, ...]:
     return tuple(model_type for family in FAMILIES for model_type in family.model_types)
 
 
+def first_position(config) -> int:
+    """The position of a text's first token: ``padding_idx + 1`` in RoBERTa and its kin, 0 in the others."""
+    return config.pad_token_id + 1 if config.model_type in _POSITIONS_BEHIND_PADDING else 0
+
+
+def longest_sequence(config) -> int:
+    """How many tokens the model's position table serves."""
+    return config.max_position_embeddings - first_position(config)
+
+
+_POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
+
+
 def family_of(model_type: str) -> Family:
     """The family that serves ``model_type``. Raises ValueError naming it and the supported ones if none does."""
     for family in FAMILIES:

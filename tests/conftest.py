@@ -63,7 +63,7 @@ def tiny_checkpoint(tmp_path_factory):
     from tiny_tasks import SENTENCES
     from transformers import RobertaConfig, RobertaForMaskedLM
 
-    from roberta_fast.training.translation import byte_level_bpe
+    from roberta_fast.training.bpe import byte_level_bpe
 
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = byte_level_bpe(SENTENCES, 500)

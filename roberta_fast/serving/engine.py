@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 import roberta_fast
+from roberta_fast.families import longest_sequence
 from roberta_fast.quantized import FILE as QUANTIZED_FILE
 from roberta_fast.serving.settings import POOLINGS, TASKS, Settings
 
@@ -22,7 +23,6 @@ PADDING = {False: 3.0, True: 1.25}
 MASKED_TOKEN_COST = 16
 # On CPU a larger batch is no faster a token, and all of its texts wait for the last.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
 _ENDINGS = {
     "ForQuestionAnswering": "question-answering",
     "ForSequenceClassification": "text-classification",
@@ -66,8 +66,7 @@ class Engine:
         self.precision = settings.precision or settings.dtype
         self.pooling, longest = self._pooling() if self.task == "embedding" else (None, None)
         self.model = self._model()
-        reserved = self.config.pad_token_id + 1 if self.config.model_type in _OFFSET_POSITIONS else 0
-        positions = self.config.max_position_embeddings - reserved
+        positions = longest_sequence(self.config)
         self.max_length = min(length for length in (positions, self.tokenizer.model_max_length, longest) if length)
         self._warm_up()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
+from roberta_fast.families import longest_sequence
 from roberta_fast.training import report
 from roberta_fast.training.arguments import DataArguments, ModelArguments, as_flags, require_extra
 from roberta_fast.training.data import DataError, Table, load_hub
@@ -162,12 +163,8 @@ class FineTuning:
 
     def check_length(self, length: int, argument: str) -> None:
         """Raises ValueError where the model has fewer positions."""
-        config = self.config
-        positions = getattr(config, "max_position_embeddings", None)
-        # RoBERTa's positions begin behind its padding index.
-        if positions and config.model_type in ("roberta", "xlm-roberta", "camembert", "data2vec-text"):
-            positions -= (config.pad_token_id or 0) + 1
-        if positions and length > positions:
+        positions = longest_sequence(self.config) if hasattr(self.config, "max_position_embeddings") else length
+        if length > positions:
             raise ValueError(f"{argument}={length}, but the model has {positions} positions")
 
     def run(self) -> Result:

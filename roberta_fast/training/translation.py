@@ -15,12 +15,12 @@ from transformers import (
     EncoderDecoderModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from roberta_fast.training import report
 from roberta_fast.training.arguments import TranslationArguments, require_extra
+from roberta_fast.training.bpe import byte_level_bpe
 from roberta_fast.training.data import TABLES, Table, read_lines, read_parallel, read_table
 from roberta_fast.training.fine_tuning import FineTuning
 from roberta_fast.training.trainer import FastSeq2SeqTrainer
@@ -221,28 +221,3 @@ def translation_scores(found: list[str], truth: list[str]) -> dict[str, float]:
     import sacrebleu
 
     return {"bleu": sacrebleu.corpus_bleu(found, [truth]).score, "chrf": sacrebleu.corpus_chrf(found, [truth]).score}
-
-
-def byte_level_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with RoBERTa's special tokens, learned from ``texts``. Raises ValueError for fewer than 300 tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    if vocab_size < 300:
-        raise ValueError(f"decoder_vocab_size={vocab_size} must be at least 300: bytes and special tokens alone take 261")
-    learned = Tokenizer(models.BPE())
-    learned.pre_tokenizer, learned.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(_SPECIALS.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    learned.train_from_iterator(texts, trainer)
-    ends = [(token, learned.token_to_id(token)) for token in (_SPECIALS["eos_token"], _SPECIALS["bos_token"])]
-    learned.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
-    specials = _SPECIALS | {"cls_token": _SPECIALS["bos_token"], "sep_token": _SPECIALS["eos_token"]}
-    return PreTrainedTokenizerFast(tokenizer_object=learned, **specials)
-
-
-_SPECIALS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}

@@ -8,8 +8,9 @@ from tiny_tasks import ENGLISH, GOOD, QUICK, jsonl_file, translations
 from transformers import AutoModelForCausalLM, AutoTokenizer, EncoderDecoderModel
 
 from roberta_fast.training import DataError, finetune, predict
+from roberta_fast.training.bpe import byte_level_bpe
 from roberta_fast.training.generation import perplexity
-from roberta_fast.training.translation import byte_level_bpe, translation_scores
+from roberta_fast.training.translation import translation_scores
 
 # Decoders take the stock path where no kernel serves them, and say so.
 pytestmark = pytest.mark.filterwarnings("ignore:roberta_fast.*decoder mode:RuntimeWarning")
@@ -72,7 +73,7 @@ def test_translation_stops_before_training(tmp_path, tiny_checkpoint):
     row = {"translation": {"en": "one"}}
     with pytest.raises(DataError, match="line 1: translation has no 'de'"):
         translate(tmp_path, tiny_checkpoint, jsonl_file(tmp_path / "a.jsonl", [row]), None)
-    with pytest.raises(ValueError, match="decoder_vocab_size=100 must be at least 300"):
+    with pytest.raises(ValueError, match="vocab_size=100 is below 261"):
         byte_level_bpe(["a"], 100)
     with pytest.raises(ValueError, match="max_target_length=600, but the model has 128 positions"):
         translate(tmp_path, tiny_checkpoint, translations(tmp_path / "t", 4), None, max_target_length=600)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import DataCollatorForLanguageModeling
 
 from roberta_fast import dispatch
+from roberta_fast.training.bpe import byte_level_bpe
 from roberta_fast.training.pretraining.masking import (
     CONTINUES,
     IGNORED,
@@ -17,7 +18,6 @@ from roberta_fast.training.pretraining.masking import (
     mask_ref,
     masking_rule,
 )
-from roberta_fast.training.pretraining.vocabulary import train_bpe
 
 VOCABULARY, MASK = 1000, 999
 WORDS = 1 << 32
@@ -173,7 +173,7 @@ def test_words_need_a_vocabulary_that_tells_them():
 
 def test_as_often_as_the_collator_of_hugging_face():
     """The same shares of tokens masked, random and kept, of a real tokenizer's ids, within five standard deviations."""
-    tokenizer = train_bpe(["a small text of some words, which is read once more"] * 4, 300)
+    tokenizer = byte_level_bpe(["a small text of some words, which is read once more"] * 4, 300)
     ids = np.tile(tokenizer("a small text of some words " * 30)["input_ids"], (200, 1))
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=0)
     theirs = collator([{"input_ids": row} for row in ids.tolist()])
@@ -208,4 +208,4 @@ def test_wrong_arguments_are_named(arguments, message, extension, without_extens
 ])  # fmt: skip
 def test_wrong_shares_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        masking_rule(train_bpe(["a text"], 300), **options)
+        masking_rule(byte_level_bpe(["a text"], 300), **options)

@@ -14,11 +14,12 @@ from runs import start
 from transformers import AutoTokenizer
 
 from roberta_fast.cli import main
+from roberta_fast.training.bpe import byte_level_bpe
 from roberta_fast.training.pretraining import prepare as module
 from roberta_fast.training.pretraining.corpus import Corpus, CorpusError, read_index
 from roberta_fast.training.pretraining.documents import Damage, Document, read_dataset, read_file
 from roberta_fast.training.pretraining.prepare import prepare
-from roberta_fast.training.pretraining.vocabulary import load_tokenizer, train_bpe
+from roberta_fast.training.pretraining.vocabulary import load_tokenizer
 
 TEXT = "The first line.\nIts second.\n\n\nAnother document, été 中文.\n   \nA third one.\n"
 DOCUMENTS = [["The first line.", "Its second."], ["Another document, été 中文."], ["A third one."]]
@@ -139,7 +140,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path):
 
 
 def test_the_vocabulary_has_the_layout_of_roberta():
-    tokenizer = train_bpe(["some words of a text, some words again"] * 3, 290)
+    tokenizer = byte_level_bpe(["some words of a text, some words again"] * 3, 290)
     assert tokenizer.convert_ids_to_tokens(range(4)) == ["<s>", "<pad>", "</s>", "<unk>"]
     assert tokenizer.mask_token_id == len(tokenizer) - 1 <= 289
     ids = tokenizer("some words, ünseen <mask>")["input_ids"]
@@ -148,7 +149,7 @@ def test_the_vocabulary_has_the_layout_of_roberta():
 
 
 def test_vocabulary_and_merges_from_files(text, tmp_path):
-    trained = train_bpe([TEXT] * 3, 300)
+    trained = byte_level_bpe([TEXT] * 3, 300)
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps({**model["vocab"], "<mask>": trained.mask_token_id}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(merge) for merge in model["merges"]) + "\n")
@@ -285,7 +286,7 @@ def test_a_damaged_corpus_is_refused_by_name(damage, message, text, tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     ([], "there is nothing to read"),
     (["--input", "nowhere.txt"], "'nowhere.txt' is no file"),
-    (["--input", "TEXT", "--vocab_size", "12"], "--vocab_size 12 is below 261"),
+    (["--input", "TEXT", "--vocab_size", "12"], "vocab_size=12 is below 261"),
     (["--input", "TEXT", "--vocab", "TEXT"], "--vocab and --merges belong together"),
     (["--input", "TEXT", "--vocab", "TEXT", "--merges", "TEXT"], "--vocab .* cannot be read"),
     (["--input", "TEXT", "--tokenizer", "./nowhere"], "--tokenizer ./nowhere cannot be loaded"),
@@ -314,7 +315,7 @@ def test_nothing_is_overwritten_unasked(text, tmp_path):
     before = contents(output)
     with pytest.raises(ValueError, match="exists already; --overwrite replaces it"):
         prepare(output, [text], vocab_size=301)
-    with pytest.raises(ValueError, match="--vocab_size 5 is below"):
+    with pytest.raises(ValueError, match="vocab_size=5 is below"):
         prepare(output, [text], vocab_size=5, overwrite=True)
     assert contents(output) == before
     prepare(output, [text], separator="line", vocab_size=300, overwrite=True)

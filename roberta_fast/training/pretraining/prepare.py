@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from roberta_fast.training import arguments
+from roberta_fast.training.bpe import byte_level_bpe
 from roberta_fast.training.checkpoints import publish
 from roberta_fast.training.pretraining import corpus
 from roberta_fast.training.pretraining.documents import SEPARATORS, Damage, Document, read_dataset, read_file
@@ -29,7 +30,6 @@ from roberta_fast.training.pretraining.vocabulary import (
     enclosing_ids,
     fingerprint,
     load_tokenizer,
-    train_bpe,
 )
 
 # What a process tokenizes at a time: enough that sending it costs little, little enough that all processes have some.
@@ -81,7 +81,7 @@ def prepare(
             lines = (
                 line for split, item in documents() if split == "train" and isinstance(item, Document) for line in item.lines
             )
-            made = train_bpe(_counted(lines, "training the BPE", "lines", progress), vocab_size, max_length)
+            made = byte_level_bpe(_counted(lines, "training the BPE", "lines", progress), vocab_size, max_length)
         else:
             made = load_tokenizer(None if vocab else tokenizer, vocab, merges, max_length)
         check_tokenizer(made)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig, RobertaConfig
 
+from roberta_fast.families import first_position
+
 # (layers, width); heads are 64 wide. The small ones are those of Turc et al. 2019, https://arxiv.org/abs/1908.08962.
 SIZES = {
     "tiny": (2, 128),
@@ -120,9 +122,3 @@ def config_of(
             f"num_attention_heads={config.num_attention_heads}"
         )
     return config
-
-
-def first_position(config: PreTrainedConfig) -> int:
-    """The position of a text's first token: ``padding_idx + 1`` in the families of RoBERTa, 0 in BERT's."""
-    after_padding = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
-    return config.pad_token_id + 1 if config.model_type in after_padding else 0

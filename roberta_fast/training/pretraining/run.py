@@ -18,6 +18,7 @@ from transformers import (
 
 from roberta_fast.accelerate import accelerate_model
 from roberta_fast.fairseq import from_fairseq
+from roberta_fast.families import first_position, longest_sequence
 from roberta_fast.training import report
 from roberta_fast.training.arguments import as_flags
 from roberta_fast.training.checkpoints import STAGING, damage_of, last_complete_checkpoint
@@ -25,7 +26,7 @@ from roberta_fast.training.pretraining.arguments import CorpusArguments, RunArgu
 from roberta_fast.training.pretraining.batches import BlockReader, EvaluationBatches, TrainingBatches
 from roberta_fast.training.pretraining.corpus import TOKENIZER, Corpus, CorpusError, read_index
 from roberta_fast.training.pretraining.masking import masking_rule
-from roberta_fast.training.pretraining.recipes import config_of, first_position
+from roberta_fast.training.pretraining.recipes import config_of
 from roberta_fast.training.pretraining.schedule import StepSchedule, length_stages
 from roberta_fast.training.pretraining.trainer import PretrainingArguments, PretrainingTrainer
 from roberta_fast.training.pretraining.vocabulary import fingerprint, load_tokenizer
@@ -110,7 +111,7 @@ def _check_fit(config, tokenizer, max_seq_length):
         raise ValueError(f"the model has {config.vocab_size} tokens, and the corpus's tokenizer {len(tokenizer)}")
     if config.pad_token_id != tokenizer.pad_token_id:
         raise ValueError(f"the model's pad_token_id is {config.pad_token_id}, and the tokenizer's {tokenizer.pad_token_id}")
-    longest = config.max_position_embeddings - first_position(config)
+    longest = longest_sequence(config)
     if max_seq_length > longest:
         raise ValueError(f"--max_seq_length {max_seq_length} is beyond the model's {longest} positions")
 

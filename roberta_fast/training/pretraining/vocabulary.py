@@ -1,43 +1,12 @@
-"""The tokenizer of a pretraining run: a byte-level BPE trained here, RoBERTa's own files, or any fast tokenizer."""
+"""The tokenizer of a pretraining run: RoBERTa's own files, or any fast tokenizer."""
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
-SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-MASK = "<mask>"
-
-
-def train_bpe(lines: Iterable[str], vocab_size: int, max_length: int = 512) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of at most ``vocab_size`` tokens in RoBERTa's layout.
-
-    ``<s> <pad> </s> <unk>`` are 0 to 3, ``<mask>`` is the last. Merges that occur once are not made, so small
-    texts give fewer tokens. max_length: tokens of a text, specials included.
-    Raises ValueError for a vocabulary without room for the 256 bytes and the special tokens.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    smallest = 256 + len(SPECIALS) + 1
-    if vocab_size < smallest:
-        raise ValueError(f"--vocab_size {vocab_size} is below {smallest}, the bytes and the special tokens")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # <mask> comes behind
-        min_frequency=2,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(lines, trainer)
-    model = json.loads(backend.to_str())["model"]
-    vocabulary = {**model["vocab"], MASK: len(model["vocab"])}
-    merges = [tuple(merge) for merge in model["merges"]]
-    return RobertaTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+from roberta_fast.training.bpe import MASK, SPECIALS
 
 
 def load_tokenizer(
