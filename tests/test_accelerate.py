@@ -205,6 +205,7 @@ def test_gradient_checkpointing_recomputes_the_same_dropout(reentrant, model, in
         assert (before - after).abs().max() <= 1e-5 * before.abs().max()
 
 
+@pytest.mark.slow
 def test_compiles_whole_for_every_length_mix(model):
     """fullgraph, forward and backward; one graph serves batches of any lengths."""
     model = accelerate_model(randomize(RobertaForSequenceClassification(tiny_config(hidden_dropout_prob=0.0))))

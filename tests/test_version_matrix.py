@@ -71,6 +71,7 @@ def test_failing_tests_are_counted(tmp_path, monkeypatch, capsys):
     assert version_matrix.run_tests(Path(sys.executable), tmp_path).passed == 0
 
 
+@pytest.mark.slow
 def test_the_oldest_row_accelerates_a_model(capsys):
     if not pip_reaches_an_index():
         pytest.skip("pip reaches no index that has " + ROWS["oldest"].transformers)

@@ -185,7 +185,7 @@ def test_saves_and_loads_bit_by_bit(kind, released, tmp_path):
         save_quantized(loaded, folder)
         assert {p.name for p in folder.iterdir()} - {"again", "tokenizer.json"} == {FILE, "config.json"}
         loaded = load_quantized(folder, on_unsupported="error")
-        assert type(loaded) is model_class and not loaded.training
+        assert isinstance(loaded, model_class) and not loaded.training
         assert all(map(torch.equal, outputs(loaded, inputs), expected)) and len(expected) > 0
         assert not any(p.is_meta or p.requires_grad for p in loaded.parameters())
     assert (tmp_path / "tokenizer.json").read_text() == "mine"
