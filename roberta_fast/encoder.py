@@ -116,7 +116,7 @@ class FastEncoder(Reporting):
         rows = hidden_states if watched else batch.pack(hidden_states)
         recomputes = self.fast_options.recompute == "layer" and torch.is_grad_enabled()
         # As Hugging Face's checkpointing has it: what is computed twice fills no cache.
-        cache = {"past_key_values": past_key_values} if decodes and not (recomputes and not call.past) else {}
+        cache = {"past_key_values": past_key_values} if decodes and (call.past or not recomputes) else {}
         try:
             for layer in self.layer:
                 call_layer = functools.partial(checkpoint, layer, use_reentrant=False) if recomputes else layer

@@ -7,7 +7,7 @@ from roberta_fast import ops, padding_mask
 from roberta_fast.decoding import cross_attention, self_attention
 from roberta_fast.deterministic import Linear
 from roberta_fast.families import LayerParts, gelu_form, is_plain, layer_parts, unwrapped
-from roberta_fast.int8 import Int8Holder, copies_of
+from roberta_fast.int8 import LINEARS, Int8Holder, copies_of
 from roberta_fast.ops import dropout
 from roberta_fast.packing import PackedBatch
 
@@ -23,7 +23,7 @@ class FastLayer(Int8Holder):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         batch = attention_mask
         parts = layer_parts(self)
-        reason = layer_objection(self, parts)
+        reason = None if batch.decoding else layer_objection(self, parts)  # a decoder's encoder has asked all its layers
         decoder = (*args, kwargs.get("past_key_values")) if batch.decoding else ()
         if batch.options.deterministic:
             _refuse_other_bits(parts, reason)
@@ -78,9 +78,9 @@ def _refuse_other_bits(parts, reason):
 
 def linears(parts: LayerParts) -> dict[str, nn.Module]:
     """The linear modules of a layer by name, those of its cross-attention included."""
-    found = {name: getattr(parts, name) for name in ("query", "key", "value", "attention_output", "intermediate", "output")}
+    found = {name: getattr(parts, name) for name in LINEARS}
     if parts.cross:
-        found |= {f"cross {name}": getattr(parts.cross, name) for name in ("query", "key", "value", "attention_output")}
+        found |= {f"cross {name}": getattr(parts.cross, name) for name in LINEARS if hasattr(parts.cross, name)}
     return found
 
 
