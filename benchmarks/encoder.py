@@ -10,6 +10,7 @@ from roberta_fast.benchmarks import measure, report, scaling, shapes
 from roberta_fast.benchmarks.comparison import Comparison, NotTheSame
 from roberta_fast.benchmarks.peers import BASELINE, PEERS, peers_named
 from roberta_fast.benchmarks.report import LATENCY
+from roberta_fast.cli import positive
 from roberta_fast.families import longest_sequence
 
 LATENCY_LENGTH = 32
@@ -52,14 +53,14 @@ def _parser():
     add("--model", help=f"a checkpoint folder, or one of {models} (random weights; default: roberta-base)")
     add("--text", type=Path, help="a file of texts, one a line: the ragged batch is made of them, by the model's tokenizer")
     add("--lengths", type=_integers, help="lengths of the ragged batch, e.g. 12,40,92 (default: like English sentences)")
-    add("--longest", type=_positive, help="longest length of the ragged batch (default: 92; 256 on cuda)")
-    add("--batch-size", type=_positive, help="sequences in the ragged batch (default: 32; 256 on cuda)")
+    add("--longest", type=positive, help="longest length of the ragged batch (default: 92; 256 on cuda)")
+    add("--batch-size", type=positive, help="sequences in the ragged batch (default: 32; 256 on cuda)")
     add("--dense", type=_batch_shapes, help="batches without padding, BxS,... (default: 8x256; 256x128,64x512 on cuda)")
-    add("--threads", type=_positive, help="CPU threads (default: torch's)")
+    add("--threads", type=positive, help="CPU threads (default: torch's)")
     add("--peers", help=f"comma-separated, or all (default: those that are quick to set up); there are {', '.join(PEERS)}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="default: float32; bfloat16 on cuda")
-    add("--repeats", type=_positive, default=7, help="rounds, each peer once a round (default: 7)")
+    add("--repeats", type=positive, default=7, help="rounds, each peer once a round (default: 7)")
     add("--modes", type=_modes, default=("eval",), help="any of eval, train (a fine-tuning step), mlm (one of pretraining)")
     add("--scaling", action="store_true", help=f"instead: time against real tokens, padding, and length to {LONGEST}")
     add("--json", type=Path, help="write the results there, in place of earlier ones of the same kind")
@@ -156,12 +157,6 @@ def _argument(name, function, value):
         raise ValueError(f"argument {name}: {error}") from None
 
 
-def _positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
 def _modes(text):
     modes = tuple(part.strip() for part in text.split(","))
     unknown = [mode for mode in modes if mode not in shapes.MODES]
@@ -171,7 +166,7 @@ def _modes(text):
 
 
 def _integers(text):
-    return [_positive(part.strip()) for part in text.split(",")]
+    return [positive(part.strip()) for part in text.split(",")]
 
 
 def _batch_shapes(text):

@@ -26,3 +26,10 @@ def main(argv: list[str] | None = None) -> int:
         commands.add_parser(name, help=help_text, add_help=False)
     command = parser.parse_args(argv[:1]).command
     return importlib.import_module(COMMANDS[command][0]).run(argv[1:])
+
+
+def positive(text: str) -> int:
+    """A flag's value as a whole number from 1 on, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from roberta_fast.cli import positive
 from roberta_fast.serving.settings import POOLINGS, TASKS, Settings
 
 logger = logging.getLogger("roberta_fast.serving")
@@ -112,32 +113,32 @@ def _parser():
     add("--task", choices=tuple(TASKS), help="default: what the model's architecture is made for")
     add("--host", default="127.0.0.1", help="0.0.0.0 to be reached from other machines (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="default: 8000")
-    add("--workers", type=_positive, default=1, help="processes, each with the model (default: 1)")
-    add("--threads", type=_positive, help="CPU threads of the model in each worker (default: torch's; cores / workers)")
+    add("--workers", type=positive, default=1, help="processes, each with the model (default: 1)")
+    add("--threads", type=positive, help="CPU threads of the model in each worker (default: torch's; cores / workers)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default=defaults.dtype, help="default: float32")
     add("--precision", choices=("int8",), help="8-bit weights in the encoder's layers, on CPU")
     add("--deterministic", action="store_true", help="the same bits whatever a text is batched with")
     add("--stock", action="store_true", help="plain Hugging Face, not accelerated, for comparison")
     add("--pooling", choices=POOLINGS, help="of embeddings (default: what the model's folder says, else mean)")
-    add("--max-batch-tokens", type=_positive, help="a batch's budget (default: 1024 on cpu, 16384 on cuda)")
-    add("--max-batch-requests", type=_positive, help="sequences in a batch (default: any number)")
+    add("--max-batch-tokens", type=positive, help="a batch's budget (default: 1024 on cpu, 16384 on cuda)")
+    add("--max-batch-requests", type=positive, help="sequences in a batch (default: any number)")
     add(
         "--max-queue",
-        type=_positive,
+        type=positive,
         default=defaults.max_queue,
         help="requests in a worker; others get 429 (default: %(default)s)",
     )
     add(
         "--max-client-batch-size",
-        type=_positive,
+        type=positive,
         default=defaults.max_client_batch_size,
         help="texts in a request (default: %(default)s)",
     )
-    add("--max-request-tokens", type=_positive, default=defaults.max_request_tokens, help="of all windows (default: %(default)s)")
+    add("--max-request-tokens", type=positive, default=defaults.max_request_tokens, help="of all windows (default: %(default)s)")
     add(
         "--max-request-bytes",
-        type=_positive,
+        type=positive,
         default=defaults.max_request_bytes,
         help="of a request's body (default: %(default)s)",
     )
@@ -146,12 +147,6 @@ def _parser():
     add("--access-log", action="store_true", help="log a line a request, with its path")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info")
     return parser
-
-
-def _positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def _seconds(text):
