@@ -1,6 +1,6 @@
 """Pretrains a model on given text from scratch and records the run: config, command, curve, speed, masks filled.
 
-``python benchmarks/pretrain.py --text FILES --vocab vocab.json --merges merges.txt --work DIR --json FILE`` prepares the text in
+``python benchmarks/pretrain.py --text FILES --vocab_size 16384 --work DIR --json FILE`` learns a byte-level BPE, prepares the text in
 DIR, a paragraph a line, 1% of it for validation, and trains as the flags say; those behind ``--`` go to ``roberta-fast pretrain``
 as they are. What an interrupted call has left in DIR is taken up by the same one. The model stays in DIR/model.
 """
@@ -24,11 +24,11 @@ FLAGS = {
     "config_name": "mini",
     "max_seq_length": "128",
     "global_batch_size": "0",
-    "per_device_train_batch_size": "32",
+    "per_device_train_batch_size": "16",
     "per_device_eval_batch_size": "32",
     "learning_rate": "2e-3",
     "hidden_dropout": "0",
-    "length_warmup_start": "8",
+    "length_warmup_start": "16",
     "eval_strategy": "steps",
     "eval_steps": "0.1",
     "max_eval_samples": "256",
@@ -50,21 +50,20 @@ def main(argv: list[str] | None = None) -> int:
     """Prepares, trains, fills masks, and writes the record; returns the exit status of the step that failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="+", required=True, help="files, a paragraph a line")
-    parser.add_argument("--vocab", required=True, help="vocab.json of a byte-level BPE")
-    parser.add_argument("--merges", required=True, help="its merges.txt")
+    parser.add_argument("--vocab_size", type=int, default=16_384, help="of the BPE that is learned from the text")
     parser.add_argument("--work", type=Path, required=True, help="where corpus and model go")
-    parser.add_argument("--steps", type=int, default=20_000, help="optimizer steps, default 20,000; a quarter on shorter blocks")
+    parser.add_argument("--steps", type=int, default=9_000, help="optimizer steps; a sixth of them on shorter blocks")
     parser.add_argument("--json", type=Path, help="where the record goes, benchmarks/results/pretrain.json say")
     parser.add_argument("flags", nargs="*", help="flags of roberta-fast pretrain, behind --")
     options = parser.parse_args(argv)
     corpus, model = options.work / "corpus", options.work / "model"
     prepare = ["--input", *options.text, "--document_separator", "line", "--validation_split_percentage", "1"]
-    prepare += ["--vocab", options.vocab, "--merges", options.merges, "--output", str(corpus)]
+    prepare += ["--vocab_size", str(options.vocab_size), "--output", str(corpus)]
     if not corpus.exists():
         status = command(["pretrain", "prepare", *prepare])
         if status:
             return status
-    flags = {**FLAGS, "max_steps": str(options.steps), "length_warmup_steps": str(options.steps // 4)}
+    flags = {**FLAGS, "max_steps": str(options.steps), "length_warmup_steps": str(options.steps // 6)}
     train = ["--data", str(corpus), "--output_dir", str(model), "--resume_from_checkpoint", "last"]
     train += [part for name, value in flags.items() for part in (f"--{name}", value)]
     status = command(["pretrain", *train, *options.flags])
