@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from roberta_fast.training.arguments import ModelArguments
-from roberta_fast.training.fine_tuning import SETTINGS, FineTuning, FineTuningArguments, Result
+from roberta_fast.training.fine_tuning import SETTINGS, FineTuning, Result
+from roberta_fast.training.training_arguments import FineTuningArguments
 
 TASKS = {
     "classification": "classification:Classification",

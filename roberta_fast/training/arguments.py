@@ -35,6 +35,8 @@ MAIN_TRAINING_FLAGS = {
     "gradient_checkpointing": "recompute activations in backward",
     "seed": "of parameters, order and dropout",
     "seeds": "several seeds, 1,2,3: one run each, and mean ± std",
+    "search_trials": "search for better flags first, in so many trials; 0: train with those that are given",
+    "search_space": "json or yaml with the values to search by flag; default: usual ones",
     "early_stopping_patience": "stop after as many evaluations without a better metric; 0: never",
     "eval_strategy": "when to evaluate: no, steps, epoch",
     "save_strategy": "when to save a checkpoint: no, steps, epoch, best",
@@ -219,7 +221,7 @@ def config_flags(file: str | Path, parser: argparse.ArgumentParser) -> list[str]
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"--config: {str(path)!r} is no file")
-    loaded = _load(path)
+    loaded = load_config(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected flags by name, got a {type(loaded).__name__}")
     known = {action.dest for action in parser._actions}
@@ -238,7 +240,8 @@ def _as_command_line(flags: Mapping) -> list[str]:
     return line
 
 
-def _load(path):
+def load_config(path: Path):
+    """What a json or yaml file holds. Raises ValueError naming the file, the line and what is wrong."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         try:

@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
         argv[1:],
         arguments.ModelArguments,
         data_class,
-        training="roberta_fast.training.fine_tuning:FineTuningArguments",
+        training="roberta_fast.training.training_arguments:FineTuningArguments",
     )
     return report_errors(f"finetune {task}", lambda: _run(task, model_args, data_args, args))
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,26 @@ class Table:
         """The first ``count`` rows, or all."""
         columns = {name: values[:count] for name, values in self.columns.items()}
         return Table(self.path, columns, self.lines[:count], self.where)
+
+
+def split_table(table: Table, percentage: int) -> tuple[Table, Table]:
+    """The table without ``percentage`` percent of its rows, drawn once and for all, and those rows."""
+    if not 0 < percentage < 100:
+        raise ValueError(f"validation_split_percentage={percentage} must lie between 1 and 99")
+    order = list(range(len(table)))
+    random.Random(0).shuffle(order)
+    count = max(1, len(order) * percentage // 100)
+    if count == len(order):
+        raise DataError(f"{table.path}: {len(order)} rows cannot be split")
+    return tuple(
+        Table(
+            table.path,
+            {name: [values[i] for i in rows] for name, values in table.columns.items()},
+            [table.lines[i] for i in rows],
+            table.where,
+        )
+        for rows in (sorted(order[count:]), sorted(order[:count]))
+    )
 
 
 def read_text(path: str | Path) -> str:

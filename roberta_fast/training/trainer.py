@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, seed_worker
 
@@ -25,8 +24,7 @@ from roberta_fast.accelerate import accelerate_model
 from roberta_fast.training.batching import TokenBatchSampler
 from roberta_fast.training.checkpoints import STAGING, last_complete_checkpoint, publish, write_checksums
 from roberta_fast.training.throughput import Throughput, peak_flops
-
-TOKENS_PER_BATCH = 2048
+from roberta_fast.training.training_arguments import FastTrainingArguments
 
 
 class CheckpointError(OSError):
@@ -35,57 +33,6 @@ class CheckpointError(OSError):
 
 class NotFiniteError(FloatingPointError):
     """A loss or gradient that is no number."""
-
-
-@dataclass
-class FastTrainingArguments(TrainingArguments):
-    """TrainingArguments with the defaults of fine-tuning an encoder, and a few of their own.
-
-    Raises ValueError for a budget below 0, a decay outside (0, 1], a patience below 0, or seeds that are no integers.
-    """
-
-    _argument_group_name = "training"
-
-    per_device_train_batch_size: int = field(default=0, metadata={"help": "Texts in a batch, in place of a token budget."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts in a batch of evaluation."})
-    warmup_steps: float = field(default=0.06, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps from one line of the log to the next."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite from the log."})
-    tokens_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Real tokens in a batch and process; 0: per_device_train_batch_size texts instead. "
-            f"Default: {TOKENS_PER_BATCH}, or 0 where per_device_train_batch_size is given."
-        },
-    )
-    layer_lr_decay: float = field(
-        default=1.0,
-        metadata={"help": "Factor of the learning rate from each layer to the one below; the head has it whole."},
-    )
-    early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after as many evaluations without a better metric; 0: never."}
-    )
-    seeds: str | None = field(default=None, metadata={"help": "Seeds, 1,2,3: one run each, and mean ± std of their metrics."})
-
-    def __post_init__(self):
-        if self.tokens_per_batch is None:
-            self.tokens_per_batch = 0 if self.per_device_train_batch_size else TOKENS_PER_BATCH
-        if self.tokens_per_batch < 0:
-            raise ValueError(f"tokens_per_batch={self.tokens_per_batch} must be 0 or more")
-        if not 0 < self.layer_lr_decay <= 1:
-            raise ValueError(f"layer_lr_decay={self.layer_lr_decay} must lie in (0, 1]")
-        if self.early_stopping_patience < 0:
-            raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be 0 or more")
-        if self.seeds and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
-            raise ValueError(f"seeds={self.seeds!r} must be integers with commas between them, such as 1,2,3")
-        self.per_device_train_batch_size = self.per_device_train_batch_size or 32
-        self.dataloader_pin_memory &= torch.cuda.is_available()
-        super().__post_init__()
-
-
-@dataclass
-class FastSeq2SeqTrainingArguments(FastTrainingArguments, Seq2SeqTrainingArguments):
-    """The same for models that generate while they are evaluated."""
 
 
 class _FastTraining:
@@ -106,6 +53,7 @@ class _FastTraining:
         **kwargs,
     ):
         args = args or FastTrainingArguments("trainer_output")
+        self._precision, self._fast = precision, fast
         if fast and model is not None:
             accelerate_model(model, precision=precision)
         super().__init__(model, args, *rest, **kwargs)
@@ -125,6 +73,11 @@ class _FastTraining:
             return F.cross_entropy(logits.view(-1, classes), labels.view(-1), weights, label_smoothing=smoothing)
 
         self.compute_loss_func, self.loss_is_scaled_for_ga = loss, False
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        """Trainer's, with a fast encoder in the new model."""
+        model = super().call_model_init(trial)
+        return accelerate_model(model, precision=self._precision) if self._fast else model
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches by token budget where the arguments ask for it, Trainer's else."""

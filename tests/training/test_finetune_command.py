@@ -71,7 +71,7 @@ def parsed(*argv):
         argv,
         arguments.ModelArguments,
         arguments.ClassificationArguments,
-        training="roberta_fast.training.fine_tuning:FineTuningArguments",
+        training="roberta_fast.training.training_arguments:FineTuningArguments",
     )
 
 
