@@ -28,6 +28,7 @@ MAIN_TRAINING_FLAGS = {
     "warmup_steps": "steps of linear warm-up, or, below 1, their share of all",
     "weight_decay": "of matrices; biases and LayerNorms have none",
     "label_smoothing_factor": "label smoothing",
+    "token_dropout": "probability of a token to be hidden behind the mask token, in training alone",
     "optim": "adamw_torch, adamw_torch_fused, adafactor, ...",
     "lr_scheduler_type": "linear, cosine, constant, ...",
     "bf16": "bfloat16 autocast",

@@ -14,6 +14,7 @@ from roberta_fast.training import report
 from roberta_fast.training.arguments import DataArguments, ModelArguments, as_flags, require_extra
 from roberta_fast.training.data import Table, load_hub, split_table
 from roberta_fast.training.search import search, space_of, table_of
+from roberta_fast.training.token_dropout import UNITS, dropped_token, units_of_tokens
 from roberta_fast.training.trainer import FastTrainer
 from roberta_fast.training.training_arguments import FineTuningArguments, training_flags
 
@@ -74,6 +75,7 @@ class FineTuning:
         if args.search_trials and not {"train", "validation"} <= self.tables.keys():
             raise ValueError(f"search_trials={args.search_trials}: a search needs training and validation data")
         self.space = space_of(args, bool(model_args.lora_r)) if args.search_trials else {}
+        self.drops_tokens = bool(args.token_dropout) or "token_dropout" in self.space
         self.config = self._config()
         self.tokenizer = self.load_tokenizer()
         self.prepare()
@@ -94,6 +96,11 @@ class FineTuning:
     def encode(self, table: Table):
         """The examples as a ``datasets.Dataset`` of what the model takes."""
         raise NotImplementedError
+
+    def dropout_units(self, encoded) -> list[list[int]]:
+        """For each token of the training data ``encoded``, what token dropout drops it with, as ``TokenDropout`` takes it."""
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        return [units_of_tokens(ids, special) for ids in encoded["input_ids"]]
 
     def collator(self, model: PreTrainedModel):
         """Makes batches of them."""
@@ -176,7 +183,7 @@ class FineTuning:
         set_seed(args.seed)
         folder = Path(args.output_dir)
         model = self.new_model()
-        encoded = {split: self.encode(table) for split, table in self.tables.items()}
+        encoded = self.encode_all(*self.tables)
         trainer = self.new_trainer(args, model, encoded)
         metrics = {}
         if "train" in encoded:
@@ -207,6 +214,13 @@ class FineTuning:
         model = self.build_model()
         return self._with_adapters(model) if self.model_args.lora_r and "train" in self.tables else model
 
+    def encode_all(self, *splits: str) -> dict:
+        """What ``encode`` makes of the tables, by split."""
+        encoded = {split: self.encode(self.tables[split]) for split in splits}
+        if "train" in encoded and self.drops_tokens:
+            encoded["train"] = encoded["train"].add_column(UNITS, self.dropout_units(encoded["train"]))
+        return encoded
+
     def new_trainer(self, args: FineTuningArguments, model: PreTrainedModel, encoded: dict) -> FastTrainer:
         """A trainer of ``model`` on what ``encode`` made of the tables, by split; decides in ``args`` what the task does."""
         if args.metric_for_best_model == "auto":
@@ -226,6 +240,7 @@ class FineTuning:
             callbacks=[EarlyStoppingCallback(args.early_stopping_patience)] if stopping else None,
             fast=self.model_args.fast,
             precision=self.model_args.precision,
+            dropped_token=dropped_token(self.tokenizer) if self.drops_tokens else None,
             **self.trainer_options(),
         )
 

@@ -29,6 +29,7 @@ SEARCHABLE = {
     "max_steps": (int, 1, math.inf),
     "warmup_steps": (float, 0.0, math.inf),
     "weight_decay": (float, 0.0, math.inf),
+    "token_dropout": (float, 0.0, 0.99),
     "tokens_per_batch": (int, 1, math.inf),
     "per_device_train_batch_size": (int, 1, math.inf),
     "gradient_accumulation_steps": (int, 1, math.inf),
@@ -63,9 +64,7 @@ def search(task) -> FineTuningArguments:
     trial_args = copy.deepcopy(args)
     trial_args.save_strategy, trial_args.load_best_model_at_end = SaveStrategy.NO, False
     set_seed(args.seed)
-    trainer = task.new_trainer(
-        trial_args, task.new_model(), {split: task.encode(task.tables[split]) for split in ("train", "validation")}
-    )
+    trainer = task.new_trainer(trial_args, task.new_model(), task.encode_all("train", "validation"))
     trainer.model_init = _model_init(task, args.seed)
     direction = "maximize" if trial_args.greater_is_better else "minimize"
     study = optuna.create_study(direction=direction, **same)

@@ -24,6 +24,7 @@ from roberta_fast.accelerate import accelerate_model
 from roberta_fast.training.batching import TokenBatchSampler
 from roberta_fast.training.checkpoints import STAGING, last_complete_checkpoint, publish, write_checksums
 from roberta_fast.training.throughput import Throughput, peak_flops
+from roberta_fast.training.token_dropout import UNITS, EpochOfDropout, TokenDropout
 from roberta_fast.training.training_arguments import FastTrainingArguments
 
 
@@ -40,6 +41,7 @@ class _FastTraining:
 
     fast: accelerate the model's encoders. precision: as in ``FastOptions``, for evaluation and prediction alone.
     class_weights: the weight of each class in the cross-entropy, float [num_labels], for models with one label a text.
+    dropped_token: the id that takes the place of tokens which ``token_dropout`` of the arguments drops, see ``TokenDropout``.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class _FastTraining:
         fast: bool = True,
         precision: str | None = None,
         class_weights: Sequence[float] | None = None,
+        dropped_token: int | None = None,
         **kwargs,
     ):
         args = args or FastTrainingArguments("trainer_output")
@@ -59,6 +62,9 @@ class _FastTraining:
         super().__init__(model, args, *rest, **kwargs)
         if class_weights is not None:
             self._weigh_classes(class_weights)
+        self.dropped_token = dropped_token
+        if dropped_token is not None:
+            self.add_callback(EpochOfDropout())
         self.throughput, self._peak, self._rates, self._staging = None, None, {}, None
 
     def _weigh_classes(self, class_weights):
@@ -89,7 +95,7 @@ class _FastTraining:
         sampler = TokenBatchSampler(
             text_lengths(self.train_dataset),
             budget,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            seed=self._data_seed(),
             num_replicas=self.args.world_size,
             rank=self.args.process_index,
         )
@@ -111,6 +117,16 @@ class _FastTraining:
         )
         # The sampler deals the batches out itself, so that each process has as many.
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _remove_unused_columns(self, dataset, description=None):
+        kept = super()._remove_unused_columns(dataset, description)
+        if self.dropped_token is None or dataset is not self.train_dataset:
+            return kept
+        examples = dataset.select_columns(list({**dict.fromkeys(kept.column_names), UNITS: None}))
+        return TokenDropout(examples, self.args.token_dropout, self.dropped_token, self._data_seed())
+
+    def _data_seed(self):
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, with a learning rate that falls from layer to layer where ``layer_lr_decay`` asks for it."""

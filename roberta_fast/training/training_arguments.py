@@ -13,7 +13,8 @@ TOKENS_PER_BATCH = 2048
 class FastTrainingArguments(TrainingArguments):
     """TrainingArguments with the defaults of fine-tuning an encoder, and a few of their own.
 
-    Raises ValueError for a budget below 0, a decay outside (0, 1], a patience below 0, or seeds that are no integers.
+    Raises ValueError for a budget or a patience below 0, a decay outside (0, 1], a dropout outside [0, 1), or seeds that are no
+    integers.
     """
 
     _argument_group_name = "training"
@@ -34,6 +35,9 @@ class FastTrainingArguments(TrainingArguments):
         default=1.0,
         metadata={"help": "Factor of the learning rate from each layer to the one below; the head has it whole."},
     )
+    token_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of a token to be hidden behind the mask token, in training alone."}
+    )
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after as many evaluations without a better metric; 0: never."}
     )
@@ -46,6 +50,8 @@ class FastTrainingArguments(TrainingArguments):
             raise ValueError(f"tokens_per_batch={self.tokens_per_batch} must be 0 or more")
         if not 0 < self.layer_lr_decay <= 1:
             raise ValueError(f"layer_lr_decay={self.layer_lr_decay} must lie in (0, 1]")
+        if not 0 <= self.token_dropout < 1:
+            raise ValueError(f"token_dropout={self.token_dropout} must lie in [0, 1)")
         if self.early_stopping_patience < 0:
             raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be 0 or more")
         if self.seeds and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
@@ -107,6 +113,7 @@ def training_flags(args: FineTuningArguments) -> dict[str, str]:
         "warmup_steps",
         "weight_decay",
         "label_smoothing_factor",
+        "token_dropout",
         "optim",
         "lr_scheduler_type",
         "bf16",
