@@ -16,6 +16,7 @@ TASKS = {
     "qa": "qa:QuestionAnswering",
     "translation": "translation:Translation",
     "generation": "generation:Generation",
+    "multitask": "multitask:MultiTask",
 }
 
 
@@ -43,7 +44,7 @@ def predict(folder: str | Path, file: str | Path, *, fast: bool = True, **flags)
         return _task(remembered["task"], {**flags, **chosen}, score_test=False).run().predictions
 
 
-def finetune(task: str, **flags) -> Result:
+def finetune(task: str, /, **flags) -> Result:
     """Fine-tunes, evaluates and predicts, as ``roberta-fast finetune TASK`` with these flags does.
 
     task: one of ``TASKS``. flags: those of ``ModelArguments``, of the task's data arguments and of ``FineTuningArguments``.

@@ -165,6 +165,22 @@ class GenerationArguments(DataArguments):
     top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability")
 
 
+@dataclass
+class MultitaskArguments:
+    """Several tasks on one encoder."""
+
+    _argument_group_name = "data"
+
+    task: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "a task, once for each: NAME=classification,train_file=...,validation_file=... with the flags of "
+            "'roberta-fast finetune classification', 'ner' or 'qa'; or a json object with name, task and these"
+        },
+    )
+    sampling_alpha: float = flag(0.7, "a task's share of the batches is its size to this power; 1: each text once an epoch")
+
+
 def parse(
     command: str,
     description: str,

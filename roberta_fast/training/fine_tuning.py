@@ -42,6 +42,7 @@ class FineTuning:
     data_class: type[DataArguments]
     trainer_class: type[FastTrainer] = FastTrainer
     greater_is_better = True
+    highest = 1.0  # the value of ``metric`` that cannot be exceeded
 
     def __init__(
         self, model_args: ModelArguments, data_args: DataArguments, args: FineTuningArguments, *, score_test: bool = True
@@ -75,6 +76,7 @@ class FineTuning:
         if args.search_trials and not {"train", "validation"} <= self.tables.keys():
             raise ValueError(f"search_trials={args.search_trials}: a search needs training and validation data")
         self.space = space_of(args, bool(model_args.lora_r)) if args.search_trials else {}
+        self._evaluated = None
         self.drops_tokens = bool(args.token_dropout) or "token_dropout" in self.space
         self.config = self._config()
         self.tokenizer = self.load_tokenizer()
@@ -196,6 +198,10 @@ class FineTuning:
                 trainer.model = trainer.model.merge_and_unload()
             trainer.save_model(str(folder))
             self.save_more(folder)
+        return self.finish(trainer, encoded, folder, metrics)
+
+    def finish(self, trainer: FastTrainer, encoded: dict, folder: Path, metrics: dict[str, float]) -> Result:
+        """Evaluates and predicts with the trained model and writes all of it; metrics: of training."""
         predictions = []
         if "validation" in encoded:
             metrics |= self.evaluate(trainer, encoded["validation"], folder)
@@ -236,7 +242,7 @@ class FineTuning:
             encoded.get("train"),
             encoded.get("validation"),
             processing_class=self.processing_class(),
-            compute_metrics=None if args.prediction_loss_only else self._metrics_now,
+            compute_metrics=None if args.prediction_loss_only else self.metrics_now,
             callbacks=[EarlyStoppingCallback(args.early_stopping_patience)] if stopping else None,
             fast=self.model_args.fast,
             precision=self.model_args.precision,
@@ -244,10 +250,12 @@ class FineTuning:
             **self.trainer_options(),
         )
 
-    def _metrics_now(self, prediction):
+    def metrics_now(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The metrics of predictions on the table that is being predicted."""
         return self.metrics_of(prediction, self._evaluated)
 
-    def _predict(self, trainer, dataset, table, prefix):
+    def predict_table(self, trainer: FastTrainer, dataset, table: Table, prefix: str) -> PredictionOutput:
+        """Predictions on ``dataset``, which ``encode`` made of ``table``, and their metrics, named with ``prefix``."""
         before, self._evaluated = self._evaluated, table
         try:
             return trainer.predict(dataset, metric_key_prefix=prefix)
@@ -257,12 +265,12 @@ class FineTuning:
     def predict(self, trainer: FastTrainer, dataset) -> tuple[dict[str, float], list[dict]]:
         """(metrics where the test data has labels, what is predicted for each of its rows)."""
         table = self.tables["test"]
-        output = self._predict(trainer, dataset, table, "test")
+        output = self.predict_table(trainer, dataset, table, "test")
         return output.metrics if output.label_ids is not None else {}, list(self.predictions_of(output, table))
 
     def evaluate(self, trainer: FastTrainer, dataset, folder: Path) -> dict[str, float]:
         """The metrics of the validation data; writes the report on it."""
-        output = self._predict(trainer, dataset, self.tables["validation"], "eval")
+        output = self.predict_table(trainer, dataset, self.tables["validation"], "eval")
         if trainer.is_world_process_zero():
             self.write_report(folder, output, self.tables["validation"])
         return output.metrics | {"eval_samples": len(self.tables["validation"])}

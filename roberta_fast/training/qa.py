@@ -30,6 +30,7 @@ class QuestionAnswering(FineTuning):
     lora_task_type = "QUESTION_ANS"
     data_class = QaArguments
     metric = "f1"
+    highest = 100.0
 
     def read(self, path: str, split: str) -> Table:
         if Path(path).suffix.lower() == ".json" and _is_squad(path):

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, seed_worker
@@ -85,20 +85,26 @@ class _FastTraining:
         model = super().call_model_init(trial)
         return accelerate_model(model, precision=self._precision) if self._fast else model
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches by token budget where the arguments ask for it, Trainer's else."""
+    def batch_sampler(self) -> Sampler[list[int]] | None:
+        """Batches by token budget where the arguments ask for it; None for Trainer's own."""
         budget = getattr(self.args, "tokens_per_batch", 0)
         if not budget or self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
-            return super().get_train_dataloader()
-        from accelerate.data_loader import prepare_data_loader
-
-        sampler = TokenBatchSampler(
+            return None
+        return TokenBatchSampler(
             text_lengths(self.train_dataset),
             budget,
-            seed=self._data_seed(),
+            seed=self.data_seed(),
             num_replicas=self.args.world_size,
             rank=self.args.process_index,
         )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of ``batch_sampler`` where there is one, Trainer's else."""
+        sampler = self.batch_sampler()
+        if sampler is None:
+            return super().get_train_dataloader()
+        from accelerate.data_loader import prepare_data_loader
+
         dataset, collator = self.train_dataset, self.data_collator
         if hasattr(dataset, "column_names"):
             dataset = self._remove_unused_columns(dataset, description="training")
@@ -123,9 +129,10 @@ class _FastTraining:
         if self.dropped_token is None or dataset is not self.train_dataset:
             return kept
         examples = dataset.select_columns(list({**dict.fromkeys(kept.column_names), UNITS: None}))
-        return TokenDropout(examples, self.args.token_dropout, self.dropped_token, self._data_seed())
+        return TokenDropout(examples, self.args.token_dropout, self.dropped_token, self.data_seed())
 
-    def _data_seed(self):
+    def data_seed(self) -> int:
+        """What the order of the training data is drawn by."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
