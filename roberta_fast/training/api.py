@@ -36,7 +36,9 @@ def predict(folder: str | Path, file: str | Path, *, fast: bool = True, **flags)
     """
     settings = Path(folder) / SETTINGS
     if not settings.is_file():
-        raise ValueError(f"{str(folder)!r} holds no model of roberta-fast finetune: there is no {SETTINGS}")
+        inside = sorted(found.parent.name for found in Path(folder).glob(f"*/{SETTINGS}"))
+        hint = f" here, but in {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{str(folder)!r} holds no model of roberta-fast finetune: there is no {SETTINGS}{hint}")
     remembered = json.loads(settings.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
         flags = {**remembered["data"], "report_to": "none", **flags, "test_file": str(file), "do_predict": True}

@@ -84,7 +84,9 @@ class DataArguments:
     train_file: str | None = flag(None, "the training data: csv, tsv, json, jsonl, or the task's own format")
     validation_file: str | None = flag(None, "the data that is evaluated")
     test_file: str | None = flag(None, "the data that is predicted; labels are not needed")
-    dataset_name: str | None = flag(None, "a data set of the library datasets, in place of files")
+    dataset_name: str | None = flag(
+        None, "a data set of the library datasets, in place of files: a name on the Hub, a folder of files, or of save_to_disk"
+    )
     dataset_config_name: str | None = flag(None, "its configuration")
     validation_split_percentage: int = flag(0, "percent of the training data to evaluate on, where no validation data is given")
     max_seq_length: int = flag(128, "tokens of a text, specials included; what is longer is cut")

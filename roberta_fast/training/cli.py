@@ -50,11 +50,11 @@ def _once(argv, flag):
 
 def report_errors(command: str, action) -> int:
     """Runs ``action`` and returns 0, or 1 with what was wrong in one line: a user's files and flags need no traceback."""
-    from roberta_fast.training.trainer import NotFiniteError
+    from roberta_fast.training.trainer import NotFiniteError, UnknownMetricError
 
     try:
         action()
-    except (ValueError, OSError, NotFiniteError) as error:
+    except (ValueError, OSError, NotFiniteError, UnknownMetricError) as error:
         print(f"roberta-fast {command}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -265,16 +265,25 @@ def read_parallel(source: str | Path, target: str | Path) -> Table:
 
 
 def load_hub(name: str, config: str | None, split: str) -> Table | None:
-    """A split of a data set of the library ``datasets`` (a name on the Hub or a folder), or None where it has no such split."""
+    """A split of a data set of the library ``datasets``, or None where it has no such split.
+
+    name: on the Hub, a folder of csv, json or parquet files, or one that ``save_to_disk`` wrote; a single split is ``"train"``.
+    Raises DataError where it cannot be loaded.
+    """
     import datasets
 
     try:
-        found = datasets.get_dataset_split_names(name, config)
-        if split not in found:
-            return None
-        loaded = datasets.load_dataset(name, config, split=split)
+        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)
+            splits = saved if isinstance(saved, dict) else {"train": saved}
+            loaded = splits.get(split)
+        else:
+            found = datasets.get_dataset_split_names(name, config)
+            loaded = datasets.load_dataset(name, config, split=split) if split in found else None
     except (OSError, ValueError) as error:
         raise DataError(f"data set {name!r}: {error}") from None
+    if loaded is None:
+        return None
     columns = {column: list(loaded[column]) for column in loaded.column_names}
     for column, feature in loaded.features.items():
         inner = getattr(feature, "feature", None)

@@ -336,7 +336,13 @@ class FineTuning:
 
     def _config(self):
         given = self.model_args
-        return AutoConfig.from_pretrained(given.config_name or given.model_name_or_path, **self._where())
+        flag = "config_name" if given.config_name else "model_name_or_path"
+        name = getattr(given, flag)
+        try:
+            return AutoConfig.from_pretrained(name, **self._where())
+        except (OSError, ValueError) as error:
+            where = "the folder has no model that can be read" if Path(name).is_dir() else "no such folder, and not from the Hub"
+            raise ValueError(f"{flag}={name!r}: {where}: {str(error).splitlines()[0]}") from None
 
     def _where(self):
         return {"cache_dir": self.model_args.cache_dir, "revision": self.model_args.model_revision}

@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from roberta_fast.training import report
 from roberta_fast.training.arguments import as_flags, load_config, require_extra
+from roberta_fast.training.trainer import require_metric
 from roberta_fast.training.training_arguments import FineTuningArguments, training_flags
 
 STORAGE, TABLE = "search.db", "search.json"
@@ -102,6 +103,7 @@ class _Trials:
 
     def objective(self, metrics):
         """The metric of the model that a run with these values ends with: its best checkpoint's, or the last one's."""
+        require_metric(self.metric, metrics)
         value = metrics[self.metric]
         if not math.isfinite(value):
             raise FloatingPointError(f"{self.metric} is {value}")

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,10 @@ class CheckpointError(OSError):
 
 class NotFiniteError(FloatingPointError):
     """A loss or gradient that is no number."""
+
+
+class UnknownMetricError(LookupError):
+    """A metric to choose a model by that evaluation does not measure."""
 
 
 class _FastTraining:
@@ -189,6 +193,10 @@ class _FastTraining:
         if self.throughput is not None:
             self.throughput.start()
 
+    def _determine_best_metric(self, metrics, trial):
+        require_metric(self.args.metric_for_best_model, metrics)
+        return super()._determine_best_metric(metrics, trial)
+
     def _stop_unless_finite(self, tr_loss, grad_norm):
         """Raises NotFiniteError in all processes before anything is logged or saved of a model that has come apart."""
         values = [float(tr_loss)]
@@ -264,6 +272,15 @@ class FastTrainer(_FastTraining, Trainer):
 
 class FastSeq2SeqTrainer(_FastTraining, Seq2SeqTrainer):
     """The same for encoder-decoders, with generation in evaluation."""
+
+
+def require_metric(name: str | None, metrics: Mapping[str, float]) -> None:
+    """Raises UnknownMetricError where ``metrics`` of an evaluation lack the one of ``metric_for_best_model``."""
+    if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+        raise UnknownMetricError(
+            f"metric_for_best_model={name!r} is none of what is measured: "
+            + ", ".join(key.removeprefix("eval_") for key in metrics if key.startswith("eval_"))
+        )
 
 
 def text_lengths(dataset) -> list[int]:

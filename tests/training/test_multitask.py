@@ -102,6 +102,8 @@ def test_predicts_by_each(trained, tmp_path):
     (tmp_path / "new.conll").write_text("Anna\nBerg\nlikes\nOslo\n")
     folder = Path(trained.output_dir)
     assert [row["label"] for row in predict(folder / "mood", tmp_path / "new.txt", use_cpu=True)] == ["1", "0"]
+    with pytest.raises(ValueError, match=r"there is no finetune.json here, but in answers, mood, names"):
+        predict(folder, tmp_path / "new.txt")
     (row,) = predict(folder / "names", tmp_path / "new.conll", use_cpu=True)
     assert [entity["label"] for entity in row["entities"]] == ["PER", "LOC"]
 
