@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from roberta_fast.training.arguments import ModelArguments
-from roberta_fast.training.fine_tuning import SETTINGS, FineTuning, FineTuningArguments, Result
+from roberta_fast.training.fine_tuning import SETTINGS, FineTuning, Result
+from roberta_fast.training.training_arguments import FineTuningArguments
 
 TASKS = {
     "classification": "classification:Classification",
@@ -15,6 +16,7 @@ TASKS = {
     "qa": "qa:QuestionAnswering",
     "translation": "translation:Translation",
     "generation": "generation:Generation",
+    "multitask": "multitask:MultiTask",
 }
 
 
@@ -34,7 +36,9 @@ def predict(folder: str | Path, file: str | Path, *, fast: bool = True, **flags)
     """
     settings = Path(folder) / SETTINGS
     if not settings.is_file():
-        raise ValueError(f"{str(folder)!r} holds no model of roberta-fast finetune: there is no {SETTINGS}")
+        inside = sorted(found.parent.name for found in Path(folder).glob(f"*/{SETTINGS}"))
+        hint = f" here, but in {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{str(folder)!r} holds no model of roberta-fast finetune: there is no {SETTINGS}{hint}")
     remembered = json.loads(settings.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
         flags = {**remembered["data"], "report_to": "none", **flags, "test_file": str(file), "do_predict": True}
@@ -42,7 +46,7 @@ def predict(folder: str | Path, file: str | Path, *, fast: bool = True, **flags)
         return _task(remembered["task"], {**flags, **chosen}, score_test=False).run().predictions
 
 
-def finetune(task: str, **flags) -> Result:
+def finetune(task: str, /, **flags) -> Result:
     """Fine-tunes, evaluates and predicts, as ``roberta-fast finetune TASK`` with these flags does.
 
     task: one of ``TASKS``. flags: those of ``ModelArguments``, of the task's data arguments and of ``FineTuningArguments``.

@@ -28,6 +28,7 @@ MAIN_TRAINING_FLAGS = {
     "warmup_steps": "steps of linear warm-up, or, below 1, their share of all",
     "weight_decay": "of matrices; biases and LayerNorms have none",
     "label_smoothing_factor": "label smoothing",
+    "token_dropout": "probability of a token to be hidden behind the mask token, in training alone",
     "optim": "adamw_torch, adamw_torch_fused, adafactor, ...",
     "lr_scheduler_type": "linear, cosine, constant, ...",
     "bf16": "bfloat16 autocast",
@@ -35,6 +36,8 @@ MAIN_TRAINING_FLAGS = {
     "gradient_checkpointing": "recompute activations in backward",
     "seed": "of parameters, order and dropout",
     "seeds": "several seeds, 1,2,3: one run each, and mean ± std",
+    "search_trials": "search for better flags first, in so many trials; 0: train with those that are given",
+    "search_space": "json or yaml with the values to search by flag; default: usual ones",
     "early_stopping_patience": "stop after as many evaluations without a better metric; 0: never",
     "eval_strategy": "when to evaluate: no, steps, epoch",
     "save_strategy": "when to save a checkpoint: no, steps, epoch, best",
@@ -81,7 +84,9 @@ class DataArguments:
     train_file: str | None = flag(None, "the training data: csv, tsv, json, jsonl, or the task's own format")
     validation_file: str | None = flag(None, "the data that is evaluated")
     test_file: str | None = flag(None, "the data that is predicted; labels are not needed")
-    dataset_name: str | None = flag(None, "a data set of the library datasets, in place of files")
+    dataset_name: str | None = flag(
+        None, "a data set of the library datasets, in place of files: a name on the Hub, a folder of files, or of save_to_disk"
+    )
     dataset_config_name: str | None = flag(None, "its configuration")
     validation_split_percentage: int = flag(0, "percent of the training data to evaluate on, where no validation data is given")
     max_seq_length: int = flag(128, "tokens of a text, specials included; what is longer is cut")
@@ -162,6 +167,22 @@ class GenerationArguments(DataArguments):
     top_p: float = flag(1.0, "sample among the likeliest tokens of this total probability")
 
 
+@dataclass
+class MultitaskArguments:
+    """Several tasks on one encoder."""
+
+    _argument_group_name = "data"
+
+    task: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "a task, once for each: NAME=classification,train_file=...,validation_file=... with the flags of "
+            "'roberta-fast finetune classification', 'ner' or 'qa'; or a json object with name, task and these"
+        },
+    )
+    sampling_alpha: float = flag(0.7, "a task's share of the batches is its size to this power; 1: each text once an epoch")
+
+
 def parse(
     command: str,
     description: str,
@@ -219,7 +240,7 @@ def config_flags(file: str | Path, parser: argparse.ArgumentParser) -> list[str]
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"--config: {str(path)!r} is no file")
-    loaded = _load(path)
+    loaded = load_config(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected flags by name, got a {type(loaded).__name__}")
     known = {action.dest for action in parser._actions}
@@ -238,7 +259,8 @@ def _as_command_line(flags: Mapping) -> list[str]:
     return line
 
 
-def _load(path):
+def load_config(path: Path):
+    """What a json or yaml file holds. Raises ValueError naming the file, the line and what is wrong."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         try:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 
-from transformers import PreTrainedTokenizerBase, RobertaTokenizer
+from transformers import AddedToken, PreTrainedTokenizerBase, RobertaTokenizer
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
@@ -35,4 +35,10 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int, max_length: int = 512)
     model = json.loads(backend.to_str())["model"]
     vocabulary = {**model["vocab"], MASK: len(model["vocab"])}
     merges = [tuple(merge) for merge in model["merges"]]
-    return RobertaTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+    return roberta_tokenizer(vocabulary, merges, max_length)
+
+
+def roberta_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], max_length: int) -> PreTrainedTokenizerBase:
+    """RoBERTa's tokenizer of a vocabulary. Its mask stands for a word with the space before it, else it could fill in none."""
+    mask = AddedToken(MASK, lstrip=True, special=True)
+    return RobertaTokenizer(vocab=vocab, merges=merges, mask_token=mask, model_max_length=max_length)

@@ -1,5 +1,6 @@
 """``roberta-fast finetune TASK ...``; light, so that ``--help`` is quick."""
 
+import argparse
 import sys
 
 from roberta_fast.training import arguments
@@ -10,6 +11,7 @@ TASKS = {
     "qa": (arguments.QaArguments, "questions whose answer is a span of a context: SQuAD 1.1 and 2.0"),
     "translation": (arguments.TranslationArguments, "sentences in two languages, by an encoder-decoder"),
     "generation": (arguments.GenerationArguments, "running text, by a causal language model"),
+    "multitask": (arguments.MultitaskArguments, "several of the first three, with a head each on one encoder"),
 }
 
 
@@ -30,21 +32,29 @@ def run(argv: list[str]) -> int:
     model_args, data_args, args = arguments.parse(
         f"finetune {task}",
         f"Fine-tunes a model on {text}.",
-        argv[1:],
+        _once(argv[1:], "--task") if task == "multitask" else argv[1:],
         arguments.ModelArguments,
         data_class,
-        training="roberta_fast.training.fine_tuning:FineTuningArguments",
+        training="roberta_fast.training.training_arguments:FineTuningArguments",
     )
     return report_errors(f"finetune {task}", lambda: _run(task, model_args, data_args, args))
 
 
+def _once(argv, flag):
+    """The values of all places of ``flag`` in one, as a flag that takes a list has them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, action="append", default=[], dest="values")
+    known, rest = parser.parse_known_args(argv)
+    return [*rest, flag, *known.values] if known.values else argv
+
+
 def report_errors(command: str, action) -> int:
     """Runs ``action`` and returns 0, or 1 with what was wrong in one line: a user's files and flags need no traceback."""
-    from roberta_fast.training.trainer import NotFiniteError
+    from roberta_fast.training.trainer import NotFiniteError, UnknownMetricError
 
     try:
         action()
-    except (ValueError, OSError, NotFiniteError) as error:
+    except (ValueError, OSError, NotFiniteError, UnknownMetricError) as error:
         print(f"roberta-fast {command}: {error}", file=sys.stderr)
         return 1
     return 0

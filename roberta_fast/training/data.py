@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,26 @@ class Table:
         """The first ``count`` rows, or all."""
         columns = {name: values[:count] for name, values in self.columns.items()}
         return Table(self.path, columns, self.lines[:count], self.where)
+
+
+def split_table(table: Table, percentage: int) -> tuple[Table, Table]:
+    """The table without ``percentage`` percent of its rows, drawn once and for all, and those rows."""
+    if not 0 < percentage < 100:
+        raise ValueError(f"validation_split_percentage={percentage} must lie between 1 and 99")
+    order = list(range(len(table)))
+    random.Random(0).shuffle(order)
+    count = max(1, len(order) * percentage // 100)
+    if count == len(order):
+        raise DataError(f"{table.path}: {len(order)} rows cannot be split")
+    return tuple(
+        Table(
+            table.path,
+            {name: [values[i] for i in rows] for name, values in table.columns.items()},
+            [table.lines[i] for i in rows],
+            table.where,
+        )
+        for rows in (sorted(order[count:]), sorted(order[:count]))
+    )
 
 
 def read_text(path: str | Path) -> str:
@@ -244,16 +265,25 @@ def read_parallel(source: str | Path, target: str | Path) -> Table:
 
 
 def load_hub(name: str, config: str | None, split: str) -> Table | None:
-    """A split of a data set of the library ``datasets`` (a name on the Hub or a folder), or None where it has no such split."""
+    """A split of a data set of the library ``datasets``, or None where it has no such split.
+
+    name: on the Hub, a folder of csv, json or parquet files, or one that ``save_to_disk`` wrote; a single split is ``"train"``.
+    Raises DataError where it cannot be loaded.
+    """
     import datasets
 
     try:
-        found = datasets.get_dataset_split_names(name, config)
-        if split not in found:
-            return None
-        loaded = datasets.load_dataset(name, config, split=split)
+        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)
+            splits = saved if isinstance(saved, dict) else {"train": saved}
+            loaded = splits.get(split)
+        else:
+            found = datasets.get_dataset_split_names(name, config)
+            loaded = datasets.load_dataset(name, config, split=split) if split in found else None
     except (OSError, ValueError) as error:
         raise DataError(f"data set {name!r}: {error}") from None
+    if loaded is None:
+        return None
     columns = {column: list(loaded[column]) for column in loaded.column_names}
     for column, feature in loaded.features.items():
         inner = getattr(feature, "feature", None)

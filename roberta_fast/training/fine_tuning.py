@@ -2,7 +2,6 @@
 
 import copy
 import json
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,36 +12,14 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput
 from roberta_fast.families import longest_sequence
 from roberta_fast.training import report
 from roberta_fast.training.arguments import DataArguments, ModelArguments, as_flags, require_extra
-from roberta_fast.training.data import DataError, Table, load_hub
-from roberta_fast.training.trainer import FastSeq2SeqTrainingArguments, FastTrainer
+from roberta_fast.training.data import Table, load_hub, split_table
+from roberta_fast.training.search import search, space_of, table_of
+from roberta_fast.training.token_dropout import UNITS, dropped_token, units_of_tokens
+from roberta_fast.training.trainer import FastTrainer
+from roberta_fast.training.training_arguments import FineTuningArguments, training_flags
 
 # What a trained folder remembers of how its texts were read.
 SETTINGS = "finetune.json"
-
-
-@dataclass
-class FineTuningArguments(FastSeq2SeqTrainingArguments):
-    """FastTrainingArguments that evaluate and save each epoch and end with the best model."""
-
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch, best."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint's model."})
-    metric_for_best_model: str | None = field(default="auto", metadata={"help": "The metric that chooses it; auto: the task's."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Of matrices; biases and LayerNorms have none."})
-
-    def __post_init__(self):
-        asked = self.do_eval
-        if "no" in (self.eval_strategy, self.save_strategy):
-            self.load_best_model_at_end = False
-        elif self.load_best_model_at_end and self.save_strategy != "best":
-            # The best model is among those that are both evaluated and saved: what was asked for of the one goes for both.
-            if self.eval_strategy == "epoch":
-                self.eval_strategy, self.eval_steps = self.save_strategy, self.eval_steps or self.save_steps
-            elif self.save_strategy == "epoch":
-                self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
-        super().__post_init__()
-        self.do_eval = asked  # an eval_strategy turns it on, but here it says which data is read
 
 
 @dataclass
@@ -65,6 +42,7 @@ class FineTuning:
     data_class: type[DataArguments]
     trainer_class: type[FastTrainer] = FastTrainer
     greater_is_better = True
+    highest = 1.0  # the value of ``metric`` that cannot be exceeded
 
     def __init__(
         self, model_args: ModelArguments, data_args: DataArguments, args: FineTuningArguments, *, score_test: bool = True
@@ -95,6 +73,11 @@ class FineTuning:
                 self.tables[split] = self.tables[split].first(limit)
         if model_args.precision and ("train" in self.tables or not model_args.fast):
             raise ValueError(f"precision={model_args.precision!r} is for evaluation and prediction on the fast encoder")
+        if args.search_trials and not {"train", "validation"} <= self.tables.keys():
+            raise ValueError(f"search_trials={args.search_trials}: a search needs training and validation data")
+        self.space = space_of(args, bool(model_args.lora_r)) if args.search_trials else {}
+        self._evaluated = None
+        self.drops_tokens = bool(args.token_dropout) or "token_dropout" in self.space
         self.config = self._config()
         self.tokenizer = self.load_tokenizer()
         self.prepare()
@@ -115,6 +98,11 @@ class FineTuning:
     def encode(self, table: Table):
         """The examples as a ``datasets.Dataset`` of what the model takes."""
         raise NotImplementedError
+
+    def dropout_units(self, encoded) -> list[list[int]]:
+        """For each token of the training data ``encoded``, what token dropout drops it with, as ``TokenDropout`` takes it."""
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        return [units_of_tokens(ids, special) for ids in encoded["input_ids"]]
 
     def collator(self, model: PreTrainedModel):
         """Makes batches of them."""
@@ -168,10 +156,15 @@ class FineTuning:
             raise ValueError(f"{argument}={length}, but the model has {positions} positions")
 
     def run(self) -> Result:
-        """Trains, evaluates and predicts what there is data for, once a seed, and writes all of it to ``output_dir``."""
+        """Trains, evaluates and predicts what there is data for, once a seed, and writes all of it to ``output_dir``.
+
+        Where a search is asked for, that comes first, with the first of the seeds.
+        """
         seeds = [int(seed) for seed in (self.args.seeds or "").split(",") if seed]
+        self.args.seed = seeds[0] if seeds else self.args.seed
+        if self.args.search_trials:
+            self.args = search(self)
         if len(seeds) < 2 or "train" not in self.tables:
-            self.args.seed = seeds[0] if seeds else self.args.seed
             return self._run(self.args)
         results = []
         for seed in seeds:
@@ -191,23 +184,24 @@ class FineTuning:
     def _run(self, args):
         set_seed(args.seed)
         folder = Path(args.output_dir)
-        model = self.build_model()
-        is_adapted = bool(self.model_args.lora_r) and "train" in self.tables
-        if is_adapted:
-            model = self._with_adapters(model)
-        encoded = {split: self.encode(table) for split, table in self.tables.items()}
-        trainer = self._trainer(args, model, encoded)
+        model = self.new_model()
+        encoded = self.encode_all(*self.tables)
+        trainer = self.new_trainer(args, model, encoded)
         metrics = {}
         if "train" in encoded:
             resume = args.resume_from_checkpoint
             trained = trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
             metrics |= trained.metrics | {"train_samples": len(encoded["train"])}
             trainer.save_state()
-            if is_adapted:
+            if self.model_args.lora_r:
                 trainer.model.save_pretrained(folder / "adapter")
                 trainer.model = trainer.model.merge_and_unload()
             trainer.save_model(str(folder))
             self.save_more(folder)
+        return self.finish(trainer, encoded, folder, metrics)
+
+    def finish(self, trainer: FastTrainer, encoded: dict, folder: Path, metrics: dict[str, float]) -> Result:
+        """Evaluates and predicts with the trained model and writes all of it; metrics: of training."""
         predictions = []
         if "validation" in encoded:
             metrics |= self.evaluate(trainer, encoded["validation"], folder)
@@ -221,7 +215,20 @@ class FineTuning:
                 report.write_text(folder / "predictions.jsonl", "\n".join(rows) + "\n")
         return Result(str(folder), metrics, trainer.model, predictions)
 
-    def _trainer(self, args, model, encoded):
+    def new_model(self) -> PreTrainedModel:
+        """The model as training begins with it: with adapters, where they are asked for."""
+        model = self.build_model()
+        return self._with_adapters(model) if self.model_args.lora_r and "train" in self.tables else model
+
+    def encode_all(self, *splits: str) -> dict:
+        """What ``encode`` makes of the tables, by split."""
+        encoded = {split: self.encode(self.tables[split]) for split in splits}
+        if "train" in encoded and self.drops_tokens:
+            encoded["train"] = encoded["train"].add_column(UNITS, self.dropout_units(encoded["train"]))
+        return encoded
+
+    def new_trainer(self, args: FineTuningArguments, model: PreTrainedModel, encoded: dict) -> FastTrainer:
+        """A trainer of ``model`` on what ``encode`` made of the tables, by split; decides in ``args`` what the task does."""
         if args.metric_for_best_model == "auto":
             args.metric_for_best_model, args.greater_is_better = self.metric, self.greater_is_better
         if "validation" not in encoded:
@@ -235,17 +242,20 @@ class FineTuning:
             encoded.get("train"),
             encoded.get("validation"),
             processing_class=self.processing_class(),
-            compute_metrics=None if args.prediction_loss_only else self._metrics_now,
+            compute_metrics=None if args.prediction_loss_only else self.metrics_now,
             callbacks=[EarlyStoppingCallback(args.early_stopping_patience)] if stopping else None,
             fast=self.model_args.fast,
             precision=self.model_args.precision,
+            dropped_token=dropped_token(self.tokenizer) if self.drops_tokens else None,
             **self.trainer_options(),
         )
 
-    def _metrics_now(self, prediction):
+    def metrics_now(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The metrics of predictions on the table that is being predicted."""
         return self.metrics_of(prediction, self._evaluated)
 
-    def _predict(self, trainer, dataset, table, prefix):
+    def predict_table(self, trainer: FastTrainer, dataset, table: Table, prefix: str) -> PredictionOutput:
+        """Predictions on ``dataset``, which ``encode`` made of ``table``, and their metrics, named with ``prefix``."""
         before, self._evaluated = self._evaluated, table
         try:
             return trainer.predict(dataset, metric_key_prefix=prefix)
@@ -255,19 +265,19 @@ class FineTuning:
     def predict(self, trainer: FastTrainer, dataset) -> tuple[dict[str, float], list[dict]]:
         """(metrics where the test data has labels, what is predicted for each of its rows)."""
         table = self.tables["test"]
-        output = self._predict(trainer, dataset, table, "test")
+        output = self.predict_table(trainer, dataset, table, "test")
         return output.metrics if output.label_ids is not None else {}, list(self.predictions_of(output, table))
 
     def evaluate(self, trainer: FastTrainer, dataset, folder: Path) -> dict[str, float]:
         """The metrics of the validation data; writes the report on it."""
-        output = self._predict(trainer, dataset, self.tables["validation"], "eval")
+        output = self.predict_table(trainer, dataset, self.tables["validation"], "eval")
         if trainer.is_world_process_zero():
             self.write_report(folder, output, self.tables["validation"])
         return output.metrics | {"eval_samples": len(self.tables["validation"])}
 
     def _write(self, trainer, folder, metrics):
         report.write_json(folder / "metrics.json", metrics)
-        flags = {**as_flags(self.model_args), **as_flags(self.data_args), **_training_flags(self.args)}
+        flags = {**as_flags(self.model_args), **as_flags(self.data_args), **training_flags(self.args)}
         if "train" not in self.tables:
             return
         report.plot_learning_curves(trainer.state.log_history, folder / "learning_curves.png")
@@ -282,6 +292,7 @@ class FineTuning:
             hyperparameters=flags,
             data=self.data_args.dataset_name or Path(self.tables["train"].path).name,
             use=self.usage(),
+            search=table_of(Path(self.args.output_dir)) if self.args.search_trials else "",
         )
 
     def remembered(self) -> dict:
@@ -325,53 +336,13 @@ class FineTuning:
 
     def _config(self):
         given = self.model_args
-        return AutoConfig.from_pretrained(given.config_name or given.model_name_or_path, **self._where())
+        flag = "config_name" if given.config_name else "model_name_or_path"
+        name = getattr(given, flag)
+        try:
+            return AutoConfig.from_pretrained(name, **self._where())
+        except (OSError, ValueError) as error:
+            where = "the folder has no model that can be read" if Path(name).is_dir() else "no such folder, and not from the Hub"
+            raise ValueError(f"{flag}={name!r}: {where}: {str(error).splitlines()[0]}") from None
 
     def _where(self):
         return {"cache_dir": self.model_args.cache_dir, "revision": self.model_args.model_revision}
-
-
-def split_table(table: Table, percentage: int) -> tuple[Table, Table]:
-    """The table without ``percentage`` percent of its rows, drawn once and for all, and those rows."""
-    if not 0 < percentage < 100:
-        raise ValueError(f"validation_split_percentage={percentage} must lie between 1 and 99")
-    order = list(range(len(table)))
-    random.Random(0).shuffle(order)
-    count = max(1, len(order) * percentage // 100)
-    if count == len(order):
-        raise DataError(f"{table.path}: {len(order)} rows cannot be split")
-    return tuple(
-        Table(
-            table.path,
-            {name: [values[i] for i in rows] for name, values in table.columns.items()},
-            [table.lines[i] for i in rows],
-            table.where,
-        )
-        for rows in (sorted(order[count:]), sorted(order[:count]))
-    )
-
-
-def _training_flags(args):
-    """The training flags that a reader of the model card wants to know."""
-    names = (
-        "learning_rate",
-        "layer_lr_decay",
-        "num_train_epochs",
-        "max_steps",
-        "tokens_per_batch",
-        "gradient_accumulation_steps",
-        "warmup_steps",
-        "weight_decay",
-        "label_smoothing_factor",
-        "optim",
-        "lr_scheduler_type",
-        "bf16",
-        "fp16",
-        "seed",
-    )
-    values = {name: getattr(args, name) for name in names}
-    values["per_device_train_batch_size"] = None if args.tokens_per_batch else args.per_device_train_batch_size
-    values["max_steps"] = None if args.max_steps < 0 else args.max_steps
-    return {
-        name: str(getattr(value, "value", value)) for name, value in values.items() if value is not None and value is not False
-    }

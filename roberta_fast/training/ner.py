@@ -13,6 +13,7 @@ from roberta_fast.training import report
 from roberta_fast.training.arguments import NerArguments
 from roberta_fast.training.data import TABLES, DataError, Table, read_conll, read_table
 from roberta_fast.training.fine_tuning import FineTuning
+from roberta_fast.training.token_dropout import KEPT
 
 TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("ner_tags", "tags", "labels", "pos_tags")
 _ENTITY_TAG = re.compile(r"O|[BIESLU]-.+", re.DOTALL)
@@ -159,6 +160,18 @@ class Ner(FineTuning):
         """The label of a word's further pieces."""
         name = self.labels[label]
         return self.labels.index(f"I-{name[2:]}") if self.has_entities and name.startswith("B-") else label
+
+    def dropout_units(self, encoded) -> list[list[int]]:
+        """Whole words: whose first piece is hidden has its label from what stands around it."""
+        rows = []
+        for units, (_, pieces) in zip(super().dropout_units(encoded), self.windows["train"], strict=True):
+            first = {place for place, _ in pieces}
+            for place in range(1, len(units)):
+                # A window may begin inside a word.
+                if units[place] != KEPT and place not in first and units[place - 1] != KEPT:
+                    units[place] = units[place - 1]
+            rows.append(units)
+        return rows
 
     def collator(self, model: PreTrainedModel):
         return DataCollatorForTokenClassification(self.tokenizer)

@@ -16,6 +16,7 @@ from roberta_fast.training import report
 from roberta_fast.training.arguments import QaArguments
 from roberta_fast.training.data import DataError, Table, check_answer, read_squad, read_table, read_text
 from roberta_fast.training.fine_tuning import FineTuning
+from roberta_fast.training.token_dropout import KEPT
 
 COLUMNS = ("id", "title", "context", "question", "answers")
 WORST = 50
@@ -29,6 +30,7 @@ class QuestionAnswering(FineTuning):
     lora_task_type = "QUESTION_ANS"
     data_class = QaArguments
     metric = "f1"
+    highest = 100.0
 
     def read(self, path: str, split: str) -> Table:
         if Path(path).suffix.lower() == ".json" and _is_squad(path):
@@ -111,6 +113,20 @@ class QuestionAnswering(FineTuning):
 
     def _split_of(self, table):
         return next(name for name, other in self.tables.items() if other is table)
+
+    def dropout_units(self, encoded) -> list[list[int]]:
+        """Tokens of the context outside the answer."""
+        rows = []
+        for units, window, start, end in zip(
+            super().dropout_units(encoded),
+            self.windows["train"],
+            encoded["start_positions"],
+            encoded["end_positions"],
+            strict=True,
+        ):
+            context = range(window.place, window.place + len(window.offsets))
+            rows.append([unit if i in context and not start <= i <= end else KEPT for i, unit in enumerate(units)])
+        return rows
 
     def collator(self, model: PreTrainedModel):
         return DataCollatorWithPadding(self.tokenizer)

@@ -124,19 +124,19 @@ def model_card(
     hyperparameters: Mapping[str, object],
     data: str,
     use: str,
-    language: str | None = None,
+    search: str = "",
 ) -> None:
     """Writes a model card by ``huggingface_hub.ModelCard``: what the model is, from what, how it was trained, and its metrics.
 
     metrics: of the evaluation data. hyperparameters: flags that differ from the defaults. use: a Python snippet that loads it.
+    search: a table of the trials by which they were found, if they were.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     hub_name = base_model if base_model.count("/") == 1 and not Path(base_model).exists() else None
-    facts = ModelCardData(
-        library_name="transformers", pipeline_tag=pipeline_tag, base_model=hub_name, language=language, tags=["roberta_fast"]
-    )
+    facts = ModelCardData(library_name="transformers", pipeline_tag=pipeline_tag, base_model=hub_name, tags=["roberta_fast"])
     numbers = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items() if isinstance(value, (int, float)))
+    trials = f"\nFound by a search over these trials:\n\n```\n{search}```\n" if search else ""
     flags = "\n".join(f"- `{key}`: {value}" for key, value in hyperparameters.items())
     card = f"""---
 {facts.to_yaml()}
@@ -163,5 +163,5 @@ Stock Hugging Face loads it; `roberta_fast.accelerate_model(model)` makes it fas
 ## Training
 
 {flags}
-"""
+{trials}"""
     write_text(path, ModelCard(card).content)

@@ -7,8 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from torch.utils.data import DataLoader, Sampler
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, seed_worker
 
@@ -25,8 +24,8 @@ from roberta_fast.accelerate import accelerate_model
 from roberta_fast.training.batching import TokenBatchSampler
 from roberta_fast.training.checkpoints import STAGING, last_complete_checkpoint, publish, write_checksums
 from roberta_fast.training.throughput import Throughput, peak_flops
-
-TOKENS_PER_BATCH = 2048
+from roberta_fast.training.token_dropout import UNITS, EpochOfDropout, TokenDropout
+from roberta_fast.training.training_arguments import FastTrainingArguments
 
 
 class CheckpointError(OSError):
@@ -37,55 +36,8 @@ class NotFiniteError(FloatingPointError):
     """A loss or gradient that is no number."""
 
 
-@dataclass
-class FastTrainingArguments(TrainingArguments):
-    """TrainingArguments with the defaults of fine-tuning an encoder, and a few of their own.
-
-    Raises ValueError for a budget below 0, a decay outside (0, 1], a patience below 0, or seeds that are no integers.
-    """
-
-    _argument_group_name = "training"
-
-    per_device_train_batch_size: int = field(default=0, metadata={"help": "Texts in a batch, in place of a token budget."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts in a batch of evaluation."})
-    warmup_steps: float = field(default=0.06, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps from one line of the log to the next."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite from the log."})
-    tokens_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Real tokens in a batch and process; 0: per_device_train_batch_size texts instead. "
-            f"Default: {TOKENS_PER_BATCH}, or 0 where per_device_train_batch_size is given."
-        },
-    )
-    layer_lr_decay: float = field(
-        default=1.0,
-        metadata={"help": "Factor of the learning rate from each layer to the one below; the head has it whole."},
-    )
-    early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after as many evaluations without a better metric; 0: never."}
-    )
-    seeds: str | None = field(default=None, metadata={"help": "Seeds, 1,2,3: one run each, and mean ± std of their metrics."})
-
-    def __post_init__(self):
-        if self.tokens_per_batch is None:
-            self.tokens_per_batch = 0 if self.per_device_train_batch_size else TOKENS_PER_BATCH
-        if self.tokens_per_batch < 0:
-            raise ValueError(f"tokens_per_batch={self.tokens_per_batch} must be 0 or more")
-        if not 0 < self.layer_lr_decay <= 1:
-            raise ValueError(f"layer_lr_decay={self.layer_lr_decay} must lie in (0, 1]")
-        if self.early_stopping_patience < 0:
-            raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be 0 or more")
-        if self.seeds and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
-            raise ValueError(f"seeds={self.seeds!r} must be integers with commas between them, such as 1,2,3")
-        self.per_device_train_batch_size = self.per_device_train_batch_size or 32
-        self.dataloader_pin_memory &= torch.cuda.is_available()
-        super().__post_init__()
-
-
-@dataclass
-class FastSeq2SeqTrainingArguments(FastTrainingArguments, Seq2SeqTrainingArguments):
-    """The same for models that generate while they are evaluated."""
+class UnknownMetricError(LookupError):
+    """A metric to choose a model by that evaluation does not measure."""
 
 
 class _FastTraining:
@@ -93,6 +45,7 @@ class _FastTraining:
 
     fast: accelerate the model's encoders. precision: as in ``FastOptions``, for evaluation and prediction alone.
     class_weights: the weight of each class in the cross-entropy, float [num_labels], for models with one label a text.
+    dropped_token: the id that takes the place of tokens which ``token_dropout`` of the arguments drops, see ``TokenDropout``.
     """
 
     def __init__(
@@ -103,14 +56,19 @@ class _FastTraining:
         fast: bool = True,
         precision: str | None = None,
         class_weights: Sequence[float] | None = None,
+        dropped_token: int | None = None,
         **kwargs,
     ):
         args = args or FastTrainingArguments("trainer_output")
+        self._precision, self._fast = precision, fast
         if fast and model is not None:
             accelerate_model(model, precision=precision)
         super().__init__(model, args, *rest, **kwargs)
         if class_weights is not None:
             self._weigh_classes(class_weights)
+        self.dropped_token = dropped_token
+        if dropped_token is not None:
+            self.add_callback(EpochOfDropout())
         self.throughput, self._peak, self._rates, self._staging = None, None, {}, None
 
     def _weigh_classes(self, class_weights):
@@ -126,20 +84,31 @@ class _FastTraining:
 
         self.compute_loss_func, self.loss_is_scaled_for_ga = loss, False
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches by token budget where the arguments ask for it, Trainer's else."""
+    def call_model_init(self, trial=None) -> nn.Module:
+        """Trainer's, with a fast encoder in the new model."""
+        model = super().call_model_init(trial)
+        return accelerate_model(model, precision=self._precision) if self._fast else model
+
+    def batch_sampler(self) -> Sampler[list[int]] | None:
+        """Batches by token budget where the arguments ask for it; None for Trainer's own."""
         budget = getattr(self.args, "tokens_per_batch", 0)
         if not budget or self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
-            return super().get_train_dataloader()
-        from accelerate.data_loader import prepare_data_loader
-
-        sampler = TokenBatchSampler(
+            return None
+        return TokenBatchSampler(
             text_lengths(self.train_dataset),
             budget,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            seed=self.data_seed(),
             num_replicas=self.args.world_size,
             rank=self.args.process_index,
         )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of ``batch_sampler`` where there is one, Trainer's else."""
+        sampler = self.batch_sampler()
+        if sampler is None:
+            return super().get_train_dataloader()
+        from accelerate.data_loader import prepare_data_loader
+
         dataset, collator = self.train_dataset, self.data_collator
         if hasattr(dataset, "column_names"):
             dataset = self._remove_unused_columns(dataset, description="training")
@@ -158,6 +127,17 @@ class _FastTraining:
         )
         # The sampler deals the batches out itself, so that each process has as many.
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _remove_unused_columns(self, dataset, description=None):
+        kept = super()._remove_unused_columns(dataset, description)
+        if self.dropped_token is None or dataset is not self.train_dataset:
+            return kept
+        examples = dataset.select_columns(list({**dict.fromkeys(kept.column_names), UNITS: None}))
+        return TokenDropout(examples, self.args.token_dropout, self.dropped_token, self.data_seed())
+
+    def data_seed(self) -> int:
+        """What the order of the training data is drawn by."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, with a learning rate that falls from layer to layer where ``layer_lr_decay`` asks for it."""
@@ -212,6 +192,10 @@ class _FastTraining:
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         if self.throughput is not None:
             self.throughput.start()
+
+    def _determine_best_metric(self, metrics, trial):
+        require_metric(self.args.metric_for_best_model, metrics)
+        return super()._determine_best_metric(metrics, trial)
 
     def _stop_unless_finite(self, tr_loss, grad_norm):
         """Raises NotFiniteError in all processes before anything is logged or saved of a model that has come apart."""
@@ -288,6 +272,15 @@ class FastTrainer(_FastTraining, Trainer):
 
 class FastSeq2SeqTrainer(_FastTraining, Seq2SeqTrainer):
     """The same for encoder-decoders, with generation in evaluation."""
+
+
+def require_metric(name: str | None, metrics: Mapping[str, float]) -> None:
+    """Raises UnknownMetricError where ``metrics`` of an evaluation lack the one of ``metric_for_best_model``."""
+    if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+        raise UnknownMetricError(
+            f"metric_for_best_model={name!r} is none of what is measured: "
+            + ", ".join(key.removeprefix("eval_") for key in metrics if key.startswith("eval_"))
+        )
 
 
 def text_lengths(dataset) -> list[int]:

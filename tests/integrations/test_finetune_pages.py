@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 PAGES = sorted(DOCS.glob("finetune-*.md"))
 # What the pages' commands leave to the defaults of a real run.
-SMALL = "--max_steps 2 --use_cpu true --disable_tqdm true --eval_strategy no"
+SMALL = "--use_cpu true --disable_tqdm true --max_steps 2 --eval_strategy no"
+SMALL_SEARCH = "--use_cpu true --disable_tqdm true --max_train_samples 4 --max_eval_samples 4 --search_trials 1"
 
 pytest.importorskip("sklearn", reason="the extra train is not installed")
 sys.path.insert(0, str(HERE.parent / "training"))
@@ -40,6 +41,9 @@ def folder(tmp_path, monkeypatch, tiny_checkpoint):
     texts |= {name: "\n".join(tiny.SENTENCES * 2) for name in ("train.txt", "validation.txt")}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
+    for page in PAGES:
+        for name, text in re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -58,7 +62,8 @@ def test_the_page_runs(page, folder):
         for command in code.replace("\\\n", " ").strip().splitlines():
             program, *arguments = shlex.split(command)
             assert program == "roberta-fast"
-            assert main(arguments + (shlex.split(SMALL) if arguments[0] == "finetune" else [])) == 0, command
+            small = SMALL_SEARCH if "--search_trials" in arguments else SMALL
+            assert main(arguments + (shlex.split(small) if arguments[0] == "finetune" else [])) == 0, command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

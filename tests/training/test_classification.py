@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from roberta_fast import explain
 from roberta_fast.training import Classification, DataError, finetune, predict
 from roberta_fast.training.classification import MULTI, REGRESSION, SINGLE, classification_metrics
+from roberta_fast.training.trainer import UnknownMetricError
 
 
 def run(folder, checkpoint, train, validation=None, **flags):
@@ -163,6 +164,25 @@ def test_class_weights(weights, tmp_path, tiny_checkpoint):
     ]
 
 
+@pytest.mark.parametrize("kind", ["dict", "files"])
+def test_a_data_set_by_name(kind, tmp_path, tiny_checkpoint):
+    """A folder, as ``--dataset_name`` takes it: by its splits, with the names of its labels."""
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    rows = [{"text": text, "label": text in GOOD} for text in GOOD + BAD]
+    splits = {name: datasets.Dataset.from_list(rows * 8, features=features) for name in ("train", "validation", "test")}
+    if kind == "dict":
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
+    else:
+        (tmp_path / "data").mkdir()
+        for name, split in splits.items():
+            split.to_parquet(tmp_path / "data" / f"{name}.parquet")
+    result = run(tmp_path, tiny_checkpoint, None, dataset_name=str(tmp_path / "data"), num_train_epochs=10, seed=1)
+    assert result.model.config.label2id == {"bad": 0, "good": 1} and result.metrics["eval_accuracy"] > 0.9
+    assert [row["label"] for row in result.predictions[:6]] == ["good"] * 3 + ["bad"] * 3
+
+
 BAD_INPUT = [
     (
         "no such column",
@@ -241,6 +261,19 @@ def test_a_model_without_a_head_is_not_evaluated(tiny_checkpoint, tmp_path):
             validation_file=reviews(tmp_path / "v.tsv"),
             output_dir="x",
         )
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    train = reviews(tmp_path / "train.tsv", 4)
+    with pytest.raises(ValueError, match=f"model_name_or_path='{tmp_path}': the folder has no model that can be read: "):
+        finetune("classification", **QUICK, model_name_or_path=str(tmp_path), train_file=train, output_dir="x")
+
+
+def test_a_metric_that_is_not_measured(tmp_path, tiny_checkpoint):
+    train = reviews(tmp_path / "train.tsv", 4)
+    with pytest.raises(UnknownMetricError, match="metric_for_best_model='f2' is none of what is measured: loss, accuracy, "):
+        run(tmp_path, tiny_checkpoint, train, train, metric_for_best_model="f2", max_steps=1)
 
 
 def test_a_flag_that_does_not_exist(tiny_checkpoint):

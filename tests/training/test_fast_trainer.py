@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import RobertaForMaskedLM, RobertaForSequenceClassification
 
+from roberta_fast.accelerate import fast_encoders
 from roberta_fast.testing import TINY, randomize, tiny_config
 from roberta_fast.training import FastTrainer, FastTrainingArguments, NotFiniteError
 from roberta_fast.training.checkpoints import last_complete_checkpoint
@@ -148,6 +149,14 @@ def test_the_best_checkpoint_is_remembered_where_it_is(tmp_path):
     saved = json.loads((Path(last_complete_checkpoint(tmp_path)) / "trainer_state.json").read_text())
     assert Path(saved["best_model_checkpoint"]).parent == tmp_path
     assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_model_that_the_trainer_makes_is_fast(fast, tmp_path):
+    settings = FastTrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+    trainer = FastTrainer(None, settings, collate, texts(), model_init=lambda: model_of(), fast=fast)
+    trainer.train()
+    assert bool(fast_encoders(trainer.model)) == fast
 
 
 class Explodes(nn.Module):

@@ -44,7 +44,6 @@ def test_help_names_every_flag_and_loads_nothing_heavy(task):
     assert heavy == "False", done.stderr
     for name in (
         "model_name_or_path",
-        "train_file",
         "tokens_per_batch",
         "seeds",
         *(f.name for f in dataclasses.fields(TASKS[task][0])),
@@ -71,7 +70,7 @@ def parsed(*argv):
         argv,
         arguments.ModelArguments,
         arguments.ClassificationArguments,
-        training="roberta_fast.training.fine_tuning:FineTuningArguments",
+        training="roberta_fast.training.training_arguments:FineTuningArguments",
     )
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForTokenClassification
 
 from roberta_fast.training import DataError, Ner, finetune, predict
 from roberta_fast.training.arguments import ModelArguments, NerArguments
-from roberta_fast.training.fine_tuning import FineTuningArguments
 from roberta_fast.training.ner import IGNORED, as_bio, entity_scores
+from roberta_fast.training.training_arguments import FineTuningArguments
 
 TAGS = st.sampled_from(["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-A-B", "I-A-B"])
 SENTENCES = st.lists(st.lists(st.tuples(TAGS, TAGS), min_size=1, max_size=12), min_size=1, max_size=6)

@@ -144,6 +144,7 @@ def test_the_vocabulary_has_the_layout_of_roberta():
     assert tokenizer.convert_ids_to_tokens(range(4)) == ["<s>", "<pad>", "</s>", "<unk>"]
     assert tokenizer.mask_token_id == len(tokenizer) - 1 <= 289
     ids = tokenizer("some words, ünseen <mask>")["input_ids"]
+    assert " <mask>" in tokenizer.tokenize("words <mask> again"), "the mask takes the place of a word and its space"
     assert ids[0] == 0 and ids[-2:] == [tokenizer.mask_token_id, 2] and 3 not in ids, "every byte has a token"
     assert tokenizer.decode(tokenizer("Zoë\t☃").input_ids, skip_special_tokens=True) == "Zoë\t☃"
 
@@ -175,7 +176,8 @@ def test_roberta_bpe_of_the_shared_data(text, tmp_path, shared_data):
     bpe = shared_data / "bpe"
     prepare(tmp_path / "corpus", [text], vocab=bpe / "vocab.json", merges=bpe / "merges.txt")
     tokenizer = load_tokenizer(str(tmp_path / "corpus" / "tokenizer"))
-    assert tokenizer("Hello world!").input_ids == [0, 31414, 232, 328, 2] and tokenizer.mask_token_id == 50264
+    assert tokenizer("Hello world!").input_ids == [0, 31414, 232, 328, 2]
+    assert tokenizer("Hello <mask>!").input_ids == [0, 31414, 50264, 328, 2]
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from transformers import AutoModelForQuestionAnswering
 
 from roberta_fast.training import DataError, QuestionAnswering, finetune, predict
 from roberta_fast.training.arguments import ModelArguments, QaArguments
-from roberta_fast.training.fine_tuning import FineTuningArguments
 from roberta_fast.training.qa import squad_scores
+from roberta_fast.training.training_arguments import FineTuningArguments
 
 WORDS = st.lists(st.sampled_from(["the", "a", "Oslo", "oslo", "new", "town,", "An", "1973", "-", "thé"]), max_size=5).map(
     " ".join

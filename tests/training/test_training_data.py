@@ -5,7 +5,7 @@ import json
 import pytest
 
 from roberta_fast.training import DataError
-from roberta_fast.training.data import read_conll, read_lines, read_parallel, read_squad, read_table
+from roberta_fast.training.data import load_hub, read_conll, read_lines, read_parallel, read_squad, read_table
 
 SQUAD = {
     "data": [
@@ -125,3 +125,35 @@ def test_squad_without_answers(tmp_path):
     impossible = {"is_impossible": True, "plausible_answers": [{"text": "x", "answer_start": 0}]}
     path.write_bytes(squad(lambda p: p["qas"][0].update(impossible)))
     assert [question["answers"] for question in read_squad(path)] == [{"text": [], "answer_start": []}]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A data set of reviews and one of tags, in each way that the library datasets keeps one in a folder."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("datasets")
+    label, tag = datasets.ClassLabel(names=["bad", "good"]), datasets.ClassLabel(names=["O", "B-PER"])
+    text = datasets.Value("string")
+    features = datasets.Features({"text": text, "label": label, "tokens": datasets.List(text), "ner_tags": datasets.List(tag)})
+    rows = [{"text": f"text {i}", "label": i % 2 if i < 3 else -1, "tokens": ["Anna", "x"], "ner_tags": [1, 0]} for i in range(4)]
+    splits = datasets.DatasetDict({name: datasets.Dataset.from_list(rows, features=features) for name in ("train", "validation")})
+    splits.save_to_disk(folder / "dict")
+    splits["train"].save_to_disk(folder / "single")
+    (folder / "files").mkdir()
+    for name, split in splits.items():
+        split.to_parquet(folder / "files" / f"{name}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["dict", "single", "files"])
+def test_a_data_set_in_a_folder(kind, saved):
+    table = load_hub(str(saved / kind), None, "train")
+    assert table.columns["label"] == ["bad", "good", "bad", None] and table.columns["ner_tags"][0] == ["B-PER", "O"]
+    assert str(table.error(3, "odd")).endswith(f"{kind}[train], row 4: odd")
+    assert (load_hub(str(saved / kind), None, "validation") is None) == (kind == "single")
+    assert load_hub(str(saved / kind), None, "test") is None
+
+
+def test_a_folder_without_a_data_set(tmp_path):
+    with pytest.raises(DataError, match=r"data set '.*': "):
+        load_hub(str(tmp_path), None, "train")

@@ -4,9 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from roberta_fast.training.bpe import MASK, SPECIALS
+from roberta_fast.training.bpe import MASK, SPECIALS, roberta_tokenizer
 
 
 def load_tokenizer(
@@ -19,7 +19,7 @@ def load_tokenizer(
     if (vocab is None) != (merges is None):
         raise ValueError("--vocab and --merges belong together")
     if vocab is not None:
-        tokenizer = RobertaTokenizer(vocab=_read_vocab(vocab), merges=_read_merges(merges), model_max_length=max_length)
+        tokenizer = roberta_tokenizer(_read_vocab(vocab), _read_merges(merges), max_length)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
