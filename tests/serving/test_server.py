@@ -27,7 +27,7 @@ def process(*arguments, log):
     with open(log, "w") as output:
         running = subprocess.Popen([*COMMAND, *arguments, "--port", "0"], stdout=output, stderr=output, env=ENVIRONMENT)
     try:
-        until, address = time.monotonic() + 120, None
+        until, address = time.monotonic() + 300, None
         while time.monotonic() < until:
             assert running.poll() is None, log.read_text()
             found = re.search(r"running on (http://\S+)", log.read_text())
@@ -92,7 +92,7 @@ def test_a_worker_that_is_killed_is_replaced(checkpoint, tmp_path):
             return set(map(int, re.findall(r"Started server process \[(\d+)\]", log.read_text())))
 
         def waits_for(count):
-            until = time.monotonic() + 120
+            until = time.monotonic() + 300
             while len(workers()) < count and time.monotonic() < until:
                 assert httpx.post(f"{address}/embed", json={"inputs": "Old Marley"}).status_code == 200
                 time.sleep(0.1)
