@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 import roberta_fast
 from roberta_fast.serving import generation, jobs, page, schemas
 from roberta_fast.serving.engine import Engine
-from roberta_fast.serving.errors import STATUS, RequestError
+from roberta_fast.serving.errors import STATUS, RequestError, body_of
 from roberta_fast.serving.guards import Guards
 from roberta_fast.serving.metrics import Measured, Metrics
 from roberta_fast.serving.service import Service
@@ -28,8 +28,12 @@ _ERRORS = {
     "unhealthy": "not computing",
     "timeout": "not computed in time",
 }
+_DESCRIPTIONS = {STATUS[name]: text for name, text in _ERRORS.items()} | {
+    408: "a body that does not arrive",
+    415: "a body that is not JSON",
+}
 _TYPE_OF_STATUS = {status: error_type for error_type, status in STATUS.items()}
-_OTHER_TYPES = {400: "validation", 404: "not_found", 405: "method_not_allowed", 415: "validation", 422: "validation"}
+_OTHER_TYPES = {400: "validation", 404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "validation"}
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -48,9 +52,10 @@ def create_app(engine: Engine) -> FastAPI:
         version=roberta_fast.__version__,
         lifespan=lifespan,
         dependencies=[] if settings.api_key is None else [Security(HTTPBearer(auto_error=False))],
-        responses={STATUS[name]: {"model": schemas.ErrorResponse, "description": text} for name, text in _ERRORS.items()},
+        redirect_slashes=False,  # whose address would be of the client's own Host
+        responses={status: {"model": schemas.ErrorResponse, "description": text} for status, text in _DESCRIPTIONS.items()},
     )
-    app.add_middleware(Guards, settings.max_request_bytes, settings.api_key, OPEN_PATHS)
+    app.add_middleware(Guards, settings.max_request_bytes, settings.timeout, settings.api_key, OPEN_PATHS)
     app.add_middleware(Measured, metrics)
     app.state.service = service
     _handle_errors(app)
@@ -62,16 +67,19 @@ def create_app(engine: Engine) -> FastAPI:
 def _add_probes(app, service, metrics):
     engine, settings = service.engine, service.settings
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def show_page():
         return HTMLResponse(page.rendered(engine.task, settings.model), headers=page.HEADERS)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_class=Response)
     async def health():
         """200 while requests are being computed."""
         service.check_health()
         return Response()
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> dict[str, bool]:
         """200 once the model is loaded and requests are being computed."""
@@ -227,7 +235,7 @@ def _add_routes(app, service):
     @app.post(
         "/v1/embeddings",
         response_model=schemas.OpenAIEmbeddingsResponse,
-        responses={status: {"model": schemas.OpenAIError} for status in STATUS.values()},
+        responses={status: {"model": schemas.OpenAIError} for status in _DESCRIPTIONS},
     )
     async def openai_embeddings(body: schemas.OpenAIEmbeddingsRequest, request: Request):
         """OpenAI's form of ``/embed``."""
@@ -260,6 +268,8 @@ def _handle_errors(app):
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request, error):
+        if not _is_json(request.headers.get("content-type", "")):
+            return _error(request, 415, "validation", "Content-Type must be application/json")
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         if first["type"] == "json_invalid":
@@ -273,9 +283,12 @@ def _handle_errors(app):
 
 
 def _error(request, status, error_type, message, headers=None):
-    if request.url.path.startswith("/v1/"):
-        return JSONResponse({"message": message, "code": status, "type": error_type}, status, headers)
-    return JSONResponse({"error": message, "error_type": error_type}, status, headers)
+    return JSONResponse(body_of(request.url.path, status, error_type, message), status, headers)
+
+
+def _is_json(content_type):
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _first(answers):

@@ -93,16 +93,15 @@ class Decoder:
         rows = [_Row(i, one) for i, one in enumerate(how)]
         if self.crosses:
             inputs["encoder_outputs"] = self.model.encoder(inputs.pop("input_ids"), attention_mask=inputs["attention_mask"])
-            starts = torch.full((len(rows), 1), self.start, device=self.model.device)
-            inputs["decoder_input_ids"] = starts
+            inputs["decoder_input_ids"] = torch.full((len(rows), 1), self.start, device=self.model.device)
         else:
             inputs["logits_to_keep"] = 1  # over a whole prompt they would be the largest tensor by far
         while True:
             output = self.model(**inputs, use_cache=True)
             tokens, logprobs = _chosen(output.logits[:, -1].float(), rows)
             kept = []
-            for place, row in enumerate(rows):
-                reason = row.take(int(tokens[place]), logprobs[place], self.ends)
+            for place, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs, strict=True)):
+                reason = row.take(token, logprob, self.ends)
                 if reason is None:
                     kept.append(place)
                 else:

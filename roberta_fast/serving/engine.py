@@ -71,8 +71,9 @@ class Engine:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.config, self.task = task_of(settings)
         self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.options = self._options()
+        self.config, self.task = task_of(settings)
         self.max_batch_tokens = (
             settings.max_batch_tokens or (GENERATION_BATCH_TOKENS if self.task in GENERATING else BATCH_TOKENS)[self.device]
         )
@@ -171,10 +172,6 @@ class Engine:
 
     def _model(self):
         settings = self.settings
-        if settings.stock and (settings.precision or settings.deterministic):
-            raise ValueError("--stock serves plain Hugging Face, which has no --precision and no --deterministic")
-        if settings.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda needs a CUDA device and a CUDA build of torch")
         auto = getattr(transformers, TASKS[self.task])
         if Path(settings.model, QUANTIZED_FILE).is_file():
             if settings.stock or settings.dtype != "float32":
@@ -190,10 +187,22 @@ class Engine:
         model.eval().requires_grad_(False).to(self.device)
         if settings.stock:
             return model
-        roberta_fast.accelerate_model(model, precision=settings.precision, deterministic=settings.deterministic)
-        if settings.precision == "int8" and self.device == "cpu":
+        roberta_fast.accelerate_model(model, options=self.options)
+        if settings.precision == "int8":
             roberta_fast.release_weights(model)
         return model
+
+    def _options(self):
+        """Raises ValueError naming a flag that this device or this package cannot follow, before anything is loaded."""
+        settings = self.settings
+        if settings.stock and (settings.precision or settings.deterministic):
+            raise ValueError("--stock serves plain Hugging Face, which has no --precision and no --deterministic")
+        if settings.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a CUDA device and a CUDA build of torch")
+        options = roberta_fast.FastOptions(precision=settings.precision, deterministic=settings.deterministic)
+        if options.precision == "int8" and (self.device, settings.dtype) != ("cpu", "float32"):
+            raise ValueError(f"--precision int8 is for --device cpu and --dtype float32, not {self.device} and {settings.dtype}")
+        return options
 
     def _check_kind(self):
         crosses = self.config.model_type == "encoder-decoder"

@@ -12,6 +12,13 @@ STATUS = {  # {error_type: status code}
 }
 
 
+def body_of(path: str, status: int, error_type: str, message: str) -> dict:
+    """What a client of ``path`` reads: text-embeddings-inference's form, under ``/v1/`` OpenAI's."""
+    if path.startswith("/v1/"):
+        return {"message": message, "code": status, "type": error_type}
+    return {"error": message, "error_type": error_type}
+
+
 class RequestError(Exception):
     """A request that gets ``{"error": message, "error_type": error_type}``; the message holds no text of the user's.
 

@@ -1,5 +1,6 @@
 """What stands before every route: the size of a request, its bearer token, and the errors that no route expected."""
 
+import asyncio
 import hmac
 import json
 import logging
@@ -9,14 +10,17 @@ from collections.abc import Collection
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from roberta_fast.serving.errors import body_of
+
 logger = logging.getLogger("roberta_fast.serving")
 
 
 class Guards:
-    """ASGI middleware. open_paths: those that need no token. The token is compared in constant time."""
+    """ASGI middleware. seconds: for a request's body to arrive. open_paths: those that need no token, which is compared in
+    constant time."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, api_key: str | None, open_paths: Collection[str]):
-        self.app, self.max_bytes, self.open_paths = app, max_bytes, frozenset(open_paths)
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float, api_key: str | None, open_paths: Collection[str]):
+        self.app, self.max_bytes, self.seconds, self.open_paths = app, max_bytes, seconds, frozenset(open_paths)
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -25,11 +29,11 @@ class Guards:
             return
         headers = dict(scope["headers"])
         if not self._is_allowed(scope, headers):
-            await _refuse(send, 401, "unauthorized", "a valid bearer token is required", (b"www-authenticate", b"Bearer"))
+            await _refuse(scope, send, 401, "unauthorized", "a valid bearer token is required", (b"www-authenticate", b"Bearer"))
             return
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.max_bytes:
-            await _refuse(send, 413, "validation", self._too_large, (b"connection", b"close"))
+        if not length.isdigit() or len(length) > 18 or int(length) > self.max_bytes:
+            await _refuse(scope, send, 413, "validation", self._too_large, (b"connection", b"close"))
             return
         started = False
 
@@ -44,7 +48,7 @@ class Guards:
             logger.error("%s %s failed: %s", scope["method"], scope["path"], where_it_failed(error))
             if started:
                 raise ConnectionAbortedError from None
-            await _refuse(send, 500, "backend", "internal error")
+            await _refuse(scope, send, 500, "backend", "internal error")
 
     def _is_allowed(self, scope, headers):
         if self.expected is None or (scope["path"] in self.open_paths and scope["method"] in ("GET", "HEAD")):
@@ -52,14 +56,19 @@ class Guards:
         return hmac.compare_digest(headers.get(b"authorization", b""), self.expected)
 
     def _limited(self, receive: Receive) -> Receive:
-        received = 0
+        received, until, is_whole = 0, asyncio.get_running_loop().time() + self.seconds, False
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            nonlocal received, is_whole
+            try:
+                # Behind the body there is only the end of the connection to wait for.
+                async with asyncio.timeout_at(None if is_whole else until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"no whole body within {self.seconds:g} seconds", {"Connection": "close"}) from None
+            received, is_whole = received + len(message.get("body", b"")), not message.get("more_body", False)
             if received > self.max_bytes:  # a chunked body says its length nowhere
-                raise HTTPException(413, self._too_large)
+                raise HTTPException(413, self._too_large, {"Connection": "close"})
             return message
 
         return limited
@@ -75,8 +84,8 @@ def where_it_failed(error: BaseException) -> str:
     return " < ".join([type(error).__name__, *(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))])
 
 
-async def _refuse(send: Send, status: int, error_type: str, message: str, *headers: tuple[bytes, bytes]) -> None:
-    body = json.dumps({"error": message, "error_type": error_type}).encode()
+async def _refuse(scope: Scope, send: Send, status: int, error_type: str, message: str, *headers: tuple[bytes, bytes]) -> None:
+    body = json.dumps(body_of(scope["path"], status, error_type, message)).encode()
     size = (b"content-length", str(len(body)).encode())
     await send(
         {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json"), size, *headers]}

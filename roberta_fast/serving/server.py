@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -31,15 +32,18 @@ def run(argv: list[str]) -> int:
         return 2
     import uvicorn
 
+    from roberta_fast.serving.connections import OPTIONS
+
     try:
         settings = _settings(args)
+        _check_address(args.host, args.port)
         options = {
             "host": args.host,
             "port": args.port,
             "workers": settings.workers,
             "log_level": args.log_level,
             "access_log": args.access_log,
-            "server_header": False,
+            **OPTIONS,
             "timeout_graceful_shutdown": round(settings.timeout + _SHUTDOWN_SECONDS),
             "timeout_worker_healthcheck": _LOADING_SECONDS,
         }
@@ -81,12 +85,26 @@ def _app_of_worker(settings, log_level):
 
 def _app(settings, log_level):
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    import transformers
+
     from roberta_fast.serving.app import create_app
     from roberta_fast.serving.engine import Engine
 
+    transformers.utils.logging.disable_progress_bar()
     engine = Engine(settings)
     logger.info("%s: %s on %s\n%s", settings.model, engine.task, engine.device, engine.explanation())
     return create_app(engine)
+
+
+def _check_address(host, port):
+    """Raises ValueError naming an address that cannot be listened on, before a model is loaded for it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port} cannot be listened on: {error.strerror}") from None
 
 
 def _settings(args) -> Settings:
@@ -112,12 +130,12 @@ def _parser():
     add("--model", required=True, help="a checkpoint folder or a name on the Hub; a folder of save_quantized does too")
     add("--task", choices=tuple(TASKS), help="default: what the model's architecture is made for")
     add("--host", default="127.0.0.1", help="0.0.0.0 to be reached from other machines (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, help="default: 8000")
+    add("--port", type=_port, default=8000, help="0 for any that is free (default: 8000)")
     add("--workers", type=positive, default=1, help="processes, each with the model (default: 1)")
     add("--threads", type=positive, help="CPU threads of the model in each worker (default: torch's; cores / workers)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default=defaults.dtype, help="default: float32")
-    add("--precision", choices=("int8",), help="8-bit weights in the encoder's layers, on CPU")
+    add("--precision", help="int8: 8-bit weights in the encoder's layers, on CPU (default: those of --dtype)")
     add("--deterministic", action="store_true", help="the same bits whatever a text is batched with")
     add("--stock", action="store_true", help="plain Hugging Face, not accelerated, for comparison")
     add("--pooling", choices=POOLINGS, help="of embeddings (default: what the model's folder says, else mean)")
@@ -157,6 +175,12 @@ def _parser():
     add("--access-log", action="store_true", help="log a line a request, with its path")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info")
     return parser
+
+
+def _port(text):
+    if not text.isdigit() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
 
 
 def _seconds(text):

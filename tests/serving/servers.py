@@ -8,6 +8,7 @@ import httpx
 import uvicorn
 
 from roberta_fast.serving.app import create_app
+from roberta_fast.serving.connections import OPTIONS
 from roberta_fast.serving.engine import Engine
 from roberta_fast.serving.settings import Settings
 
@@ -16,7 +17,7 @@ from roberta_fast.serving.settings import Settings
 def served(**settings):
     """An httpx.Client of a server in a thread of this process, with ``server`` and ``service`` beside it."""
     app = create_app(Engine(Settings(threads=1, **settings)))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=20))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=20, **OPTIONS))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -83,6 +84,32 @@ def test_workers_share_the_port_and_the_metrics(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced(checkpoint, tmp_path):
+    log = tmp_path / "log"
+    with process("--model", checkpoint, "--workers", "2", log=log) as (running, address):
+
+        def workers():
+            return set(map(int, re.findall(r"Started server process \[(\d+)\]", log.read_text())))
+
+        def waits_for(count):
+            until = time.monotonic() + 120
+            while len(workers()) < count and time.monotonic() < until:
+                assert httpx.post(f"{address}/embed", json={"inputs": "Old Marley"}).status_code == 200
+                time.sleep(0.1)
+            return workers()
+
+        os.kill(min(waits_for(2)), signal.SIGKILL)
+        assert len(waits_for(3)) == 3 and running.poll() is None
+        assert "roberta_fast_requests_in_flight 0.0" in httpx.get(f"{address}/metrics").text
+
+
+def test_a_port_that_is_taken_is_named(checkpoint, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as ended:
+        main(["serve", "--model", checkpoint, "--port", str(taken.getsockname()[1])])
+    assert ended.value.code == 2 and "cannot be listened on: Address already in use" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_workers_that_cannot_load_end_the_command(checkpoint):
     arguments = ["--model", checkpoint, "--task", "question-answering", "--workers", "2", "--port", "0"]
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
@@ -97,7 +124,13 @@ def test_workers_that_cannot_load_end_the_command(checkpoint):
         (["--model", "MODEL", "--timeout", "0"], "'0' is not a number of seconds above 0"),
         (["--model", "MODEL", "--max-batch-tokens", "-1"], "'-1' is not a whole number from 1 on"),
         (["--model", "MODEL", "--api-key-file", "/nonexistent"], "--api-key-file: /nonexistent cannot be read"),
+        (["--model", "MODEL", "--port", "66000"], "'66000' is not a port from 0 to 65535"),
+        (["--model", "MODEL", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000 cannot be listened on"),
         (["--model", "MODEL", "--device", "cuda"], "--device cuda needs a CUDA device"),
+        (["--model", "MODEL", "--precision", "fp8"], "precision='fp8' is not available yet"),
+        (["--model", "MODEL", "--precision", "int4"], "precision='int4' is not one of"),
+        (["--model", "MODEL", "--precision", "int8", "--dtype", "bfloat16"], "--precision int8 is for --device cpu and --dtype"),
+        (["--model", "MODEL", "--deterministic", "--dtype", "bfloat16"], "deterministic"),
         (["--model", "MODEL", "--stock", "--deterministic"], "--stock serves plain Hugging Face"),
         (["--model", "MODEL", "--task", "question-answering"], "has no weights for --task question-answering: qa_outputs.bias"),
     ],
