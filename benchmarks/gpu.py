@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "roberta_fast", "kernels", "csrc", "tests")
-OPERATIONS = ("linear", "attention", "add_layer_norm", "linear_gelu", "cross_entropy", "pack")
+OPERATIONS = ("linear", "attention", "add_layer_norm", "linear_gelu", "feed_forward", "cross_entropy", "pack")
 ANY = "any"
 NO_TESTS, OUT_OF_TIME = 5, 124  # pytest's exit status, and that of the command timeout
 

@@ -2,13 +2,16 @@
 
 A plot carries a digest of the numbers that it shows, so that drift is seen without drawing.
 
-``figures`` says which plots there are: by device type, ``peers`` of its encoder tables and ``scaling`` of its curves.
+``figures`` says which plots there are: by device type, ``peers`` of its encoder tables, ``scaling`` of what time follows, and
+``losses`` of training.
 """
 
 import hashlib
 import io
 import json
+import statistics
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 OURS = "roberta_fast"
@@ -28,13 +31,14 @@ AXES = {
 }
 SOURCE = "Source"  # the key of a PNG's text that holds the digest
 DPI = 100
+WINDOW = 25  # steps of training whose losses are averaged
 
 
 def figures(runs: list[dict]) -> dict[str, list[dict]]:
     """{file name: the runs that it shows}."""
     found = {}
     for run in runs:
-        plot = {"encoder": "peers", "scaling": "scaling"}.get(run["kind"])
+        plot = {"encoder": "peers", "scaling": "scaling", "loss_curve": "losses"}.get(run["kind"])
         if plot:
             found.setdefault(f"{run['environment']['device']}-{plot}.png", []).append(run)
     return dict(sorted(found.items()))
@@ -42,7 +46,16 @@ def figures(runs: list[dict]) -> dict[str, list[dict]]:
 
 def caption(name: str) -> str:
     """What is said instead of a figure."""
-    return "Real tokens a second, by peer" if name.endswith("-peers.png") else "Time against real tokens, padded size, and length"
+    return _FIGURES[_kind(name)][0]
+
+
+def _kind(name):
+    return name.removesuffix(".png").partition("-")[2]
+
+
+def windows(curve: Sequence[float]) -> list[float]:
+    """The mean of every 25 values."""
+    return [statistics.mean(curve[i : i + WINDOW]) for i in range(0, len(curve), WINDOW)]
 
 
 def stale(runs: list[dict], folder: Path) -> list[str]:
@@ -55,7 +68,7 @@ def draw(runs: list[dict], folder: Path) -> None:
     names = stale(runs, folder)
     for name in names:
         shown = figures(runs)[name]
-        figure = _peers(shown) if name.endswith("-peers.png") else _scaling(shown)
+        figure = _FIGURES[_kind(name)][1](shown)
         folder.mkdir(parents=True, exist_ok=True)
         _save(figure, folder / name, digest(shown))
 
@@ -166,6 +179,33 @@ def _scaling(runs):
     _embolden(legend.get_texts())
     figure.supxlabel(f"{runs[0]['model']}, {runs[0]['dtype']}. {_where(runs[0])}", fontsize=8, color="#555555")
     return figure
+
+
+def _losses(runs):
+    """A panel for each run, in which a line is a model's loss, averaged over windows of steps."""
+    figure, panels = _figure(1, len(runs), 5.5 * len(runs), 3.8)
+    for panel, run in zip(panels, runs, strict=True):
+        for name, curves in run["curves"].items():
+            style = {"color": _colour(name), "lw": 2.2 if _is_ours(name) else 1.4} | ({} if _is_ours(name) else {"ls": "--"})
+            for i, curve in enumerate(curves):
+                means = windows(curve)
+                steps = [(place + 0.5) * WINDOW for place in range(len(means))]
+                panel.plot(steps, means, label=name if i == 0 else None, **style)
+        panel.set_title(f"{run['model']}, masked LM, {run['dtype']}", fontsize=11)
+        panel.set_xlabel("optimizer step")
+        panel.set_ylabel(f"loss, mean of {WINDOW} steps")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        _embolden(panel.legend(frameon=False).get_texts())
+    figure.supxlabel(_where(runs[0]), fontsize=8, color="#555555")
+    return figure
+
+
+_FIGURES = {
+    "peers": ("Real tokens a second, by peer", _peers),
+    "scaling": ("Time against real tokens, padded size, and length", _scaling),
+    "losses": ("The loss of training steps, stock models and ours", _losses),
+}
 
 
 def _colour(peer):

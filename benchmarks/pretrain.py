@@ -1,12 +1,16 @@
 """Pretrains a model on given text from scratch and records the run: config, command, curve, speed, masks filled.
 
-``python benchmarks/pretrain.py --text FILES --vocab vocab.json --merges merges.txt --work DIR --json FILE`` prepares the text in
-DIR, a paragraph a line, 1% of it for validation, and trains as the flags say; those behind ``--`` go to ``roberta-fast pretrain``
-as they are. What an interrupted call has left in DIR is taken up by the same one. The model stays in DIR/model.
+``python benchmarks/pretrain.py --text FILES --work DIR --json FILE`` learns a byte-level BPE, prepares the text in DIR, a
+paragraph a line, 1% of it for validation, and trains as the flags say; those behind ``--`` go to ``roberta-fast pretrain`` as
+they are. What an interrupted call has left in DIR is taken up by the same one. The model stays in DIR/model.
+
+With ``--task_train FILE --task_validation FILE`` (sentences and labels) it is also fine-tuned, beside the same shape from random
+parameters, with equal seeds and flags.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from transformers import pipeline
 
 from roberta_fast.benchmarks import measure
 from roberta_fast.cli import main as command
+from roberta_fast.training import finetune
 from roberta_fast.training.pretraining.corpus import read_index
 from roberta_fast.training.report import write_json
 
@@ -24,11 +29,11 @@ FLAGS = {
     "config_name": "mini",
     "max_seq_length": "128",
     "global_batch_size": "0",
-    "per_device_train_batch_size": "32",
+    "per_device_train_batch_size": "16",
     "per_device_eval_batch_size": "32",
     "learning_rate": "2e-3",
     "hidden_dropout": "0",
-    "length_warmup_start": "8",
+    "length_warmup_start": "16",
     "eval_strategy": "steps",
     "eval_steps": "0.1",
     "max_eval_samples": "256",
@@ -37,6 +42,19 @@ FLAGS = {
     "logging_steps": "0.01",
     "disable_tqdm": "True",
 }
+# Of a classifier made of it.
+TASK_FLAGS = {
+    "learning_rate": 3e-4,
+    "tokens_per_batch": 512,
+    "num_train_epochs": 2,
+    "max_train_samples": 10_000,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+SEEDS = (1, 2, 3)
 SENTENCES = (
     "The capital of France is <mask>.",
     "He opened the <mask> and went into the house.",
@@ -50,21 +68,22 @@ def main(argv: list[str] | None = None) -> int:
     """Prepares, trains, fills masks, and writes the record; returns the exit status of the step that failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="+", required=True, help="files, a paragraph a line")
-    parser.add_argument("--vocab", required=True, help="vocab.json of a byte-level BPE")
-    parser.add_argument("--merges", required=True, help="its merges.txt")
+    parser.add_argument("--vocab_size", type=int, default=16_384, help="of the BPE that is learned from the text")
     parser.add_argument("--work", type=Path, required=True, help="where corpus and model go")
-    parser.add_argument("--steps", type=int, default=20_000, help="optimizer steps, default 20,000; a quarter on shorter blocks")
+    parser.add_argument("--steps", type=int, default=9_000, help="optimizer steps; a sixth of them on shorter blocks")
     parser.add_argument("--json", type=Path, help="where the record goes, benchmarks/results/pretrain.json say")
+    parser.add_argument("--task_train", help="a table with the columns sentence and label, to fine-tune on")
+    parser.add_argument("--task_validation", help="another, to evaluate on")
     parser.add_argument("flags", nargs="*", help="flags of roberta-fast pretrain, behind --")
     options = parser.parse_args(argv)
     corpus, model = options.work / "corpus", options.work / "model"
     prepare = ["--input", *options.text, "--document_separator", "line", "--validation_split_percentage", "1"]
-    prepare += ["--vocab", options.vocab, "--merges", options.merges, "--output", str(corpus)]
+    prepare += ["--vocab_size", str(options.vocab_size), "--output", str(corpus)]
     if not corpus.exists():
         status = command(["pretrain", "prepare", *prepare])
         if status:
             return status
-    flags = {**FLAGS, "max_steps": str(options.steps), "length_warmup_steps": str(options.steps // 4)}
+    flags = {**FLAGS, "max_steps": str(options.steps), "length_warmup_steps": str(options.steps // 6)}
     train = ["--data", str(corpus), "--output_dir", str(model), "--resume_from_checkpoint", "last"]
     train += [part for name, value in flags.items() for part in (f"--{name}", value)]
     status = command(["pretrain", *train, *options.flags])
@@ -73,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     record = record_of(model, corpus, [*train, *options.flags], [Path(text).name for text in options.text])
     for sentence, words in record["filled"].items():
         print(f"{sentence}  {', '.join(words)}")
+    if options.task_train:
+        record["task"] = task_record(model, options.work / "task", options.task_train, options.task_validation)
     if options.json:
         write_json(options.json, record)
         print(f"written: {options.json}")
@@ -99,6 +120,24 @@ def record_of(model: Path, corpus: Path, flags: list[str], texts: list[str]) -> 
         "filled": {sentence: [word["token_str"].strip() for word in fill(sentence)] for sentence in SENTENCES},
         "environment": measure.environment("cuda" if torch.cuda.is_available() else "cpu"),
     }
+
+
+def task_record(model: Path, work: Path, train: str, validation: str) -> dict:
+    """Accuracies of a classifier from ``model`` and from random parameters, one a seed, and what they differ by."""
+    starts = {
+        "pretrained": {"model_name_or_path": str(model)},
+        "random": {"config_name": str(model), "tokenizer_name": str(model)},
+    }
+    files, scores = {"train_file": train, "validation_file": validation}, {name: [] for name in starts}
+    for seed in SEEDS:
+        for name, start in starts.items():
+            output = str(work / f"{name}-{seed}")
+            result = finetune("classification", **start, **files, **TASK_FLAGS, seed=seed, output_dir=output)
+            scores[name].append(result.metrics["eval_accuracy"])
+            print(f"{name}, seed {seed}: accuracy {scores[name][-1]:.4f}", flush=True)
+    names = [Path(file).name for file in (train, validation)]
+    gains = [after - before for after, before in zip(scores["pretrained"], scores["random"], strict=True)]
+    return {"files": names, "flags": TASK_FLAGS, "seeds": SEEDS, "accuracy": scores, "mean_gain": statistics.fmean(gains)}
 
 
 if __name__ == "__main__":

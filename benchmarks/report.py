@@ -8,10 +8,11 @@ type NAME, cpu or cuda, and behind them the plots.
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
-from roberta_fast.benchmarks import plots
+from roberta_fast.benchmarks import plots, shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -110,6 +111,7 @@ def key(run: dict) -> tuple:
 def section(run: dict) -> str:
     """A run's caption and table."""
     sections = {"encoder": encoder_section, "scaling": scaling_section, "operation": operation_section}
+    sections["loss_curve"] = loss_curve_section
     return sections[run["kind"]](run)
 
 
@@ -183,6 +185,24 @@ def operation_section(run: dict) -> str:
     lines = [[*size, *(found.get(name, "–") for name in contenders)] for size, found in rows.items()]
     title = f"**{run['operation']}, {run['dtype']}**, {unit}"
     return f"{title}  \n{_origin(run['environment'])}\n\n{_table(['size', 'direction', *contenders], lines)}"
+
+
+def loss_curve_section(run: dict) -> str:
+    """The mean loss of every other window of steps: the stock model's, how far its curves lie apart, and ours."""
+    stock, (ours,) = ([plots.windows(curve) for curve in run["curves"][name]] for name in ("stock", "roberta_fast"))
+    lines = []
+    for i in range(1, len(ours), 2):
+        losses = [curve[i] for curve in stock]
+        steps = f"{i * plots.WINDOW + 1}–{(i + 1) * plots.WINDOW}"
+        lines.append([steps, f"{statistics.mean(losses):.3f}", f"{statistics.stdev(losses):.3f}", f"{ours[i]:.3f}"])
+    head = ["steps", f"loss, mean of {len(stock)} stock models", "their standard deviation", "`roberta_fast`"]
+    title = f"**{run['model']} from random weights, {run['steps']} steps as masked language model, {run['dtype']}**"
+    title = title if run["model"] in shapes.MODELS else title.replace(" from random weights", "")
+    what = f"{run['batch']} texts of {run['text']} a step, fused AdamW, dropout {run['dropout']}"
+    verdict = "Ours follows" if run["follows"] else "Ours does **not** follow"
+    note = f"{verdict}: over all windows it is {run['distance']:.2f} times as far away as one more stock model is expected to be,"
+    note += f" at most {run['limit']} is allowed."
+    return f"{title} ({what})  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{note}"
 
 
 def _batch(facts):

@@ -61,7 +61,7 @@ def sum_partials(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = partials.new_empty(partials.shape[1:], dtype=dtype)
     programs, columns = partials.shape[0], out.numel()
     # 4,096 elements a program in either shape: few rows of a weight's gradient, or many of a bias's.
-    block_p = min(128, triton.next_power_of_2(programs))
+    block_p = min(128, triton.next_power_of_2(max(programs, 1)))
     block_c = 4096 // block_p
     sum_partials_kernel[(triton.cdiv(columns, block_c),)](partials, out, programs, columns, BLOCK_P=block_p, BLOCK_C=block_c)
     return out

@@ -128,6 +128,23 @@ def linear_bwd(
     return _rows_times(dy, weight, None, None, count), weight_gradient(dy, x, count), dbias
 
 
+def product_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    count: torch.Tensor | None,
+    needs_x: bool = True,
+    needs_weight: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx [N, K], dweight [M, K]) of x @ weightᵀ, each empty unless needed; by cuBLAS where the host knows the number of rows."""
+    dx = dweight = dy.new_empty(0)
+    if needs_x:
+        dx = dy @ weight if count is None else _rows_times(dy, weight, None, None, count)
+    if needs_weight:
+        dweight = dy.mT @ x if count is None else weight_gradient(dy, x, count)
+    return dx, dweight
+
+
 def weight_gradient(dy: torch.Tensor, x: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
     """dy [N, M]ᵀ @ x [N, K] over the rows before ``count``, [M, K] in x's dtype."""
     (n, m), k = dy.shape, x.shape[1]

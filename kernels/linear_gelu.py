@@ -10,7 +10,7 @@ import triton.language as tl
 
 from roberta_fast.kernels.column_sum import COLUMNS_PER_PROGRAM, ROWS_PER_STEP, row_programs, sum_partials
 from roberta_fast.kernels.gelu import gelu, gelu_derivative
-from roberta_fast.kernels.linear import linear_bwd, matmul_tile, tile_for, tile_of_program
+from roberta_fast.kernels.linear import matmul_tile, product_gradients, tile_for, tile_of_program
 
 
 @triton.jit
@@ -115,7 +115,4 @@ def linear_gelu_bwd(
         TANH=approximate == "tanh", BLOCK_N=ROWS_PER_STEP, BLOCK_M=COLUMNS_PER_PROGRAM, num_warps=8,
     )  # fmt: skip
     dbias = sum_partials(partials, weight.dtype) if has_bias else weight.new_empty(0)
-    if count is None:
-        return du @ weight, du.mT @ x, dbias
-    dx, dweight, _ = linear_bwd(du, x, weight, False, count)
-    return dx, dweight, dbias
+    return *product_gradients(du, x, weight, count), dbias

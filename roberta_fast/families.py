@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from transformers import activations
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
@@ -276,6 +277,14 @@ def first_position(config) -> int:
 def longest_sequence(config) -> int:
     """How many tokens the model's position table serves."""
     return config.max_position_embeddings - first_position(config)
+
+
+def position_ids(config, mask: torch.Tensor) -> torch.Tensor:
+    """Positions for mask [B, S], nonzero at real tokens, wherever the padding is; ``generate`` wants them.
+
+    Hugging Face's ``generate`` would have RoBERTa begin at 0, which is not where its texts begin when it is trained.
+    """
+    return ((mask != 0).cumsum(1) - 1).clamp(min=0) + first_position(config)
 
 
 _POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "data2vec-text")

@@ -163,9 +163,10 @@ def _query_key_value(rows, parts, batch, int8=None):
 
 def _feed_forward(rows, parts, batch):
     form, dense = gelu_form(parts.activation), (parts.intermediate, parts.output)
-    if batch.options.recompute == "gelu" and torch.is_grad_enabled() and form and all(is_plain(m, nn.Linear) for m in dense):
+    if form and all(is_plain(module, nn.Linear) for module in dense):
         weights = (tensor for module in dense for tensor in (module.weight, module.bias))
-        return ops.feed_forward(rows, *weights, approximate=form, count=batch.count, **_how(batch))
+        recompute = batch.options.recompute == "gelu"
+        return ops.feed_forward(rows, *weights, approximate=form, recompute=recompute, count=batch.count, **_how(batch))
     return linear(parts.output, activated(rows, parts.intermediate, parts.activation, batch), batch)
 
 

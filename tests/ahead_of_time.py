@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from roberta_fast import kernels
-from roberta_fast.kernels import add_layer_norm, attention, cross_entropy, linear, linear_gelu, pack, tuning
+from roberta_fast.kernels import add_layer_norm, attention, cross_entropy, feed_forward, linear, linear_gelu, pack, tuning
 
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -72,6 +72,19 @@ def both_linear_gelu(dtype: torch.dtype, approximate: str = "none", save: bool =
     x, weight, bias, dy = (meta(*shape, dtype=dtype) for shape in ((8192, inner), (3072, inner), (3072,), (8192, 3072)))
     linear_gelu.linear_gelu_fwd(x, weight, bias, approximate, save, COUNT)
     linear_gelu.linear_gelu_bwd(dy, dy, x, weight, True, approximate, None)
+
+
+def feed_forward_backward(
+    dtype: torch.dtype, approximate: str = "none", recompute: bool = False, hidden: int = 768, precision: str = "ieee"
+) -> None:
+    """All gradients, the products of which the host knows the number of rows; the others are ``linear``'s."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    inner = 4 * hidden
+    x, u, weight1, weight2 = (meta(*s, dtype=dtype) for s in ((8192, hidden), (8192, inner), (inner, hidden), (hidden, inner)))
+    activated = None if recompute else u
+    feed_forward.feed_forward_bwd(x, u, activated, x, weight1, weight2, [True] * 5, approximate, COUNT)
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def both_add_layer_norm(x: torch.dtype, residual: torch.dtype | None, dropout_p: float, hidden: int = 768) -> None:
@@ -135,6 +148,15 @@ CASES: dict[str, Case] = {
     "linear_gelu/float16, inference": Case(lambda: both_linear_gelu(FP16, save=False)),
     "linear_gelu/float32": Case(lambda: both_linear_gelu(FP32), tensor_cores=False),
     "linear_gelu/float32, tanh": Case(lambda: both_linear_gelu(FP32, "tanh", save=False), tensor_cores=False),
+    "feed_forward/bfloat16": Case(lambda: feed_forward_backward(BF16), default=True),
+    "feed_forward/bfloat16, recomputed": Case(lambda: feed_forward_backward(BF16, recompute=True), default=True),
+    "feed_forward/bfloat16, tanh": Case(lambda: feed_forward_backward(BF16, "tanh")),
+    "feed_forward/bfloat16, odd": Case(lambda: feed_forward_backward(BF16, recompute=True, hidden=777)),
+    "feed_forward/float16": Case(lambda: feed_forward_backward(FP16)),
+    "feed_forward/float16, tanh": Case(lambda: feed_forward_backward(FP16, "tanh")),
+    "feed_forward/float16, recomputed": Case(lambda: feed_forward_backward(FP16, recompute=True)),
+    "feed_forward/float32": Case(lambda: feed_forward_backward(FP32, recompute=True), tensor_cores=False),
+    "feed_forward/tf32": Case(lambda: feed_forward_backward(FP32, recompute=True, precision="tf32"), tensor_cores=False),
     "add_layer_norm/bfloat16, dropout": Case(lambda: both_add_layer_norm(BF16, BF16, 0.1), default=True),
     "add_layer_norm/bfloat16": Case(lambda: both_add_layer_norm(BF16, BF16, 0.0, 1024)),
     "add_layer_norm/MiniLM, no residual": Case(lambda: both_add_layer_norm(BF16, None, 0.0, 384)),

@@ -1,4 +1,7 @@
-"""Where no CUDA device is, Triton's kernels run in its interpreter; it must be chosen before they are imported."""
+"""Where no CUDA device is, Triton's kernels run in its interpreter; it must be chosen before they are imported.
+
+pytest-xdist's processes share the cores out, also for the programs that tests start; OpenMP reads the number when it is loaded.
+"""
 
 import importlib.util
 import os
@@ -6,6 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
 import torch
 from hypothesis import settings
 

@@ -11,21 +11,26 @@ constexpr int TILE_ROWS = 6;
 constexpr int DEPTH = 512;
 constexpr int AHEAD = 4;  // rows of b that are asked for early, as those of a large b come from the second cache
 
+// How a lies: in cache by rows or by columns, or by rows that come from memory.
+enum class Order { rows, transposed, streamed };
+
 // With 32 registers 6 x 4 vectors of c, 4 of b and one broadcast element of a fit; with 16, 6 x 2.
 template <class Isa>
 constexpr int TILE_VECTORS = Isa::REGISTERS >= 32 ? 4 : 2;
 
 // Tile I of ROWS * VECTORS is row I / VECTORS, vector I % VECTORS. Unrolled by pack expansion, as the compiler keeps an array
 // in registers only where every index is a constant before its loop passes run.
-template <class Isa, bool TRANSPOSED, int VECTORS, int... I, int... V>
+template <class Isa, Order ORDER, int VECTORS, int... I, int... V>
 ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column, std::integer_sequence<int, I...>,
                         std::integer_sequence<int, V...>) {
   using Vector = Floats<Isa>;
   constexpr int W = Isa::WIDTH;
+  constexpr bool TRANSPOSED = ORDER == Order::transposed;
   const int64_t lda = p.lda, ldb = p.ldb, ldc = p.ldc;
   const float* a = p.a + row * (TRANSPOSED ? 1 : lda);
   const float* b = p.b + column;
   float* c = p.c + row * ldc + column;
+  const float* later = p.a + (row + TILE_ROWS) * lda;  // the rows of the next tile; asked for in the order in which they lie
   // Summed in runs of DEPTH terms, so that rounding errors grow with the length of a run and the number of runs, not both.
   for (int64_t done = 0; done < p.depth; done += DEPTH) {
     Vector sums[sizeof...(I)] = {};
@@ -36,6 +41,7 @@ ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column, std::inte
     for (int64_t k = std::min<int64_t>(DEPTH, p.depth - done); k > 0; --k) {
       const Vector row_of_b[] = {load<Vector>(b + V * W)...};
       (__builtin_prefetch(b + AHEAD * ldb + V * W), ...);
+      if constexpr (ORDER == Order::streamed) __builtin_prefetch(later += TILE_ROWS, 0, 2);
       ((sums[I] += a[I / VECTORS * (TRANSPOSED ? 1 : lda)] * row_of_b[I % VECTORS]), ...);
       a += TRANSPOSED ? lda : 1;
       b += ldb;
@@ -45,43 +51,43 @@ ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column, std::inte
   }
 }
 
-template <class Isa, bool TRANSPOSED, int ROWS, int VECTORS>
+template <class Isa, Order ORDER, int ROWS, int VECTORS>
 ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column) {
-  tile<Isa, TRANSPOSED, VECTORS>(p, row, column, std::make_integer_sequence<int, ROWS * VECTORS>(),
-                                 std::make_integer_sequence<int, VECTORS>());
+  tile<Isa, ORDER, VECTORS>(p, row, column, std::make_integer_sequence<int, ROWS * VECTORS>(),
+                            std::make_integer_sequence<int, VECTORS>());
 }
 
 // All rows of VECTORS vectors of columns, in tiles of nearly equal heights.
-template <class Isa, bool TRANSPOSED, int VECTORS>
+template <class Isa, Order ORDER, int VECTORS>
 ALWAYS_INLINE void stripe(const Product& p, int64_t column) {
   int64_t row = 0;
   for (int64_t tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; --tiles) {
     const int64_t height = (p.rows - row + tiles - 1) / tiles;
     switch (height) {
-      case 6: tile<Isa, TRANSPOSED, 6, VECTORS>(p, row, column); break;
-      case 5: tile<Isa, TRANSPOSED, 5, VECTORS>(p, row, column); break;
-      case 4: tile<Isa, TRANSPOSED, 4, VECTORS>(p, row, column); break;
-      case 3: tile<Isa, TRANSPOSED, 3, VECTORS>(p, row, column); break;
-      case 2: tile<Isa, TRANSPOSED, 2, VECTORS>(p, row, column); break;
-      default: tile<Isa, TRANSPOSED, 1, VECTORS>(p, row, column);
+      case 6: tile<Isa, ORDER, 6, VECTORS>(p, row, column); break;
+      case 5: tile<Isa, ORDER, 5, VECTORS>(p, row, column); break;
+      case 4: tile<Isa, ORDER, 4, VECTORS>(p, row, column); break;
+      case 3: tile<Isa, ORDER, 3, VECTORS>(p, row, column); break;
+      case 2: tile<Isa, ORDER, 2, VECTORS>(p, row, column); break;
+      default: tile<Isa, ORDER, 1, VECTORS>(p, row, column);
     }
     row += height;
   }
 }
 
-template <class Isa, bool TRANSPOSED>
+template <class Isa, Order ORDER>
 ALWAYS_INLINE void multiply_all(const Product& p) {
   constexpr int MOST = TILE_VECTORS<Isa>;
   for (int64_t v = 0; v < p.vectors; v += MOST) {
     const int64_t column = v * Isa::WIDTH, wide = std::min<int64_t>(p.vectors - v, MOST);
     if (wide == MOST) {
-      stripe<Isa, TRANSPOSED, MOST>(p, column);
+      stripe<Isa, ORDER, MOST>(p, column);
     } else if (wide == 1) {
-      stripe<Isa, TRANSPOSED, 1>(p, column);
+      stripe<Isa, ORDER, 1>(p, column);
     } else if (wide == 2) {
-      stripe<Isa, TRANSPOSED, std::min(2, MOST)>(p, column);
+      stripe<Isa, ORDER, std::min(2, MOST)>(p, column);
     } else {
-      stripe<Isa, TRANSPOSED, std::min(3, MOST)>(p, column);
+      stripe<Isa, ORDER, std::min(3, MOST)>(p, column);
     }
   }
 }
@@ -91,28 +97,40 @@ ALWAYS_INLINE void multiply_all(const Product& p) {
 #if ROBERTA_FAST_X86
 template <>
 TARGET_AVX512 void multiply<Avx512>(const Product& p) {
-  multiply_all<Avx512, false>(p);
+  multiply_all<Avx512, Order::rows>(p);
+}
+template <>
+TARGET_AVX512 void multiply_streamed<Avx512>(const Product& p) {
+  multiply_all<Avx512, Order::streamed>(p);
 }
 template <>
 TARGET_AVX512 void multiply_transposed<Avx512>(const Product& p) {
-  multiply_all<Avx512, true>(p);
+  multiply_all<Avx512, Order::transposed>(p);
 }
 template <>
 TARGET_AVX2 void multiply<Avx2>(const Product& p) {
-  multiply_all<Avx2, false>(p);
+  multiply_all<Avx2, Order::rows>(p);
+}
+template <>
+TARGET_AVX2 void multiply_streamed<Avx2>(const Product& p) {
+  multiply_all<Avx2, Order::streamed>(p);
 }
 template <>
 TARGET_AVX2 void multiply_transposed<Avx2>(const Product& p) {
-  multiply_all<Avx2, true>(p);
+  multiply_all<Avx2, Order::transposed>(p);
 }
 #endif
 template <>
 void multiply<Baseline>(const Product& p) {
-  multiply_all<Baseline, false>(p);
+  multiply_all<Baseline, Order::rows>(p);
+}
+template <>
+void multiply_streamed<Baseline>(const Product& p) {
+  multiply_all<Baseline, Order::streamed>(p);
 }
 template <>
 void multiply_transposed<Baseline>(const Product& p) {
-  multiply_all<Baseline, true>(p);
+  multiply_all<Baseline, Order::transposed>(p);
 }
 
 }  // namespace roberta_fast

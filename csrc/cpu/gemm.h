@@ -20,6 +20,9 @@ struct Product {
 
 template <class Isa>
 void multiply(const Product& p);
+// multiply, where the rows of a lie one behind the other in memory, not in cache.
+template <class Isa>
+void multiply_streamed(const Product& p);
 template <class Isa>
 void multiply_transposed(const Product& p);
 

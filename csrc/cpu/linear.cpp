@@ -1,6 +1,7 @@
 // y = x W^T + b (+ residual), and the same with a GELU behind it; contracts in roberta_fast/ops/linear.py and linear_gelu.py.
-// A task transposes a panel of weights into its cache and passes the rows of x along it; what follows the product happens while
-// the sums are still in the nearest cache. An element of y is always the same sum, over k in ascending runs as gemm.h makes them.
+// Of few rows it is x that is transposed, once, and the weights are read once and as they lie. Of more, a task transposes a panel
+// of weights into its cache and passes the rows of x along it. What follows the product happens while the sums are still in the
+// nearest cache. An element of y is always the same sum, over k in ascending runs as gemm.h makes them.
 // Many rows are left to PyTorch's product, which blocks them too, unless their bits must not depend on their number.
 #include "linear.h"
 
@@ -20,6 +21,9 @@ constexpr int64_t PANEL = 64;   // columns of y that a task computes: four vecto
 constexpr int64_t ROWS = 24;    // rows of y whose sums lie in the nearest cache: 6 KiB
 constexpr int64_t STEP = 1024;  // terms of the sums whose weights lie in the second cache: 256 KiB
 constexpr int64_t CHUNK = 640;  // most rows of a task
+// Up to as many rows weights are read as they lie: 16 rows took 0.87 of the time of a transposed panel, 32 0.83, 64 all of it.
+constexpr int64_t FEW_ROWS = 64;
+constexpr int64_t FEW_PANEL = 48;  // as PANEL; a multiple of the tiles of gemm.h and of all vectors
 // Rows from which on PyTorch's product is faster; on AVX-512 with MKL, 32 rows took 0.6 to 0.85 of its time, 300 rows 0.9.
 constexpr int64_t MANY_ROWS = 640;
 
@@ -28,7 +32,8 @@ struct Linear {
   Epilogue epilogue;
   float* y;
   int64_t stride_x, stride_weight, rows, columns, depth, panels, chunks;
-  float* scratch;
+  float* scratch = nullptr;
+  float* transposed_x = nullptr;  // [depth, rows in whole vectors]
 };
 
 // The epilogue of rows [first_row, first_row + rows) and columns [first, first + columns), whose sums lie there or in y itself.
@@ -69,7 +74,7 @@ template <class Isa>
 ALWAYS_INLINE void multiply_panel(const Linear& p, int64_t task, int64_t) {
   const int64_t chunk = task / p.panels, begin = p.rows * chunk / p.chunks, end = p.rows * (chunk + 1) / p.chunks;
   const int64_t first = task % p.panels * PANEL, columns = std::min(PANEL, p.columns - first);
-  float* weight = p.scratch;              // [STEP, PANEL]
+  float* weight = p.scratch;                // [STEP, PANEL]
   float* all_sums = weight + STEP * PANEL;  // [CHUNK, PANEL], or [ROWS, PANEL] where one step makes a sum
   for (int64_t k = 0; k < p.depth || k == 0; k += STEP) {
     const int64_t terms = std::min(STEP, p.depth - k);
@@ -86,6 +91,27 @@ ALWAYS_INLINE void multiply_panel(const Linear& p, int64_t task, int64_t) {
   }
 }
 ROBERTA_FAST_KERNEL(multiply_panel, Linear)
+
+template <class Isa>
+ALWAYS_INLINE void transpose_x(const Linear& p, int64_t begin, int64_t end) {
+  const int64_t stride = vectors<Isa>(p.rows) * Isa::WIDTH;
+  transpose<Isa>(p.x + begin, p.stride_x, p.rows, end - begin, 1.0f, p.transposed_x + begin * stride, stride);
+}
+ROBERTA_FAST_KERNEL(transpose_x, Linear)
+
+template <class Isa>
+ALWAYS_INLINE void multiply_few_rows(const Linear& p, int64_t panel, int64_t) {
+  const int64_t first = panel * FEW_PANEL, columns = std::min(FEW_PANEL, p.columns - first);
+  const int64_t wide = vectors<Isa>(p.rows), stride = wide * Isa::WIDTH;
+  float* transposed_sums = p.scratch;                  // [FEW_PANEL, stride]
+  float* sums = transposed_sums + FEW_PANEL * stride;  // [rows, FEW_PANEL]
+  const float* weight = p.weight + first * p.stride_weight;
+  multiply_streamed<Isa>(
+      {weight, p.stride_weight, p.transposed_x, stride, transposed_sums, stride, columns, wide, p.depth, false});
+  transpose<Isa>(transposed_sums, stride, columns, p.rows, 1.0f, sums, FEW_PANEL);
+  finish<Isa>(p, sums, FEW_PANEL, 0, p.rows, first, columns);
+}
+ROBERTA_FAST_KERNEL(multiply_few_rows, Linear)
 
 at::Tensor linear_fwd(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& count, bool deterministic) {
@@ -117,13 +143,37 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const Epilogue
   // A panel is transposed by each of its tasks, so there are no more than keep the threads busy. How many changes no result.
   const int64_t for_threads = std::min((4 * at::get_num_threads() + panels - 1) / panels, (n + ROWS - 1) / ROWS);
   const int64_t chunks = std::max(for_threads, (n + CHUNK - 1) / CHUNK);
-  const Linear params{rows.const_data_ptr<float>(), columns.const_data_ptr<float>(), epilogue, y.mutable_data_ptr<float>(),
-                      rows.stride(0), columns.stride(0), n, m, depth, panels, chunks, nullptr};
+  const Linear params{rows.const_data_ptr<float>(),
+                      columns.const_data_ptr<float>(),
+                      epilogue,
+                      y.mutable_data_ptr<float>(),
+                      rows.stride(0),
+                      columns.stride(0),
+                      n,
+                      m,
+                      depth,
+                      panels,
+                      chunks};
   if (!deterministic && (n > MANY_ROWS || active_level() != Level::avx512)) {
     at::mm_out(y, rows, columns.t());
     // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
     at::parallel_for(0, n, std::max<int64_t>(1, 8192 / m),
                      [&](int64_t begin, int64_t end) { finish_rows_for_cpu(params, begin, end); });
+    return;
+  }
+  if (n <= FEW_ROWS) {
+    constexpr int64_t WIDEST = Avx512::WIDTH, LINES = 64;
+    const int64_t stride = (n + WIDEST - 1) / WIDEST * WIDEST;
+    const at::Tensor transposed = at::empty({depth, stride}, x.options());
+    Linear few = params;
+    few.transposed_x = transposed.mutable_data_ptr<float>();
+    at::parallel_for(0, (depth + LINES - 1) / LINES, 1 + 8192 / (LINES * n),
+                     [&](int64_t begin, int64_t end) { transpose_x_for_cpu(few, begin * LINES, std::min(end * LINES, depth)); });
+    for_each_task((m + FEW_PANEL - 1) / FEW_PANEL, FEW_PANEL * (stride + n), [&](int64_t panel, float* scratch) {
+      Linear mine = few;
+      mine.scratch = scratch;
+      multiply_few_rows_for_cpu(mine, panel, panel + 1);
+    });
     return;
   }
   for_each_task(panels * chunks, (STEP + (n + chunks - 1) / chunks) * PANEL, [&](int64_t task, float* scratch) {

@@ -1,15 +1,26 @@
-"""y = GELU(x W₁ᵀ + b₁) W₂ᵀ + b₂, a feed-forward block that saves its pre-activation and recomputes GELU of it for backward.
+"""y = GELU(x W₁ᵀ + b₁) W₂ᵀ + b₂, a feed-forward block.
 
-With u = x W₁ᵀ + b₁ and a = GELU(u): da = dy W₂, dW₂ = dyᵀ a, db₂ = sum(dy), and the rest is ``linear_gelu``'s backward of da. The
-products and GELU are those of ``linear_gelu`` and ``linear``; what this operation adds is that a, of u's size, is not kept.
+Backward, of u = x W₁ᵀ + b₁ and a = GELU(u): du = (dy W₂) ⊙ GELU′(u), written once, dx = du W₁, dW₁ = duᵀ x, db₁ = sum(du),
+dW₂ = dyᵀ a, db₂ = sum(dy) over the real rows. a is kept, or computed again of u, which is kept in any case. Forward and in
+inference it is ``linear_gelu`` and ``linear``; so it is in training where no kernel has both products in hand.
 """
 
 import torch
 import torch.nn.functional as F
 
+from roberta_fast import dispatch
 from roberta_fast.ops.linear import check_weight, linear
-from roberta_fast.ops.linear_gelu import APPROXIMATIONS
-from roberta_fast.ops.registration import autocast_to, check_rows, define, refuse, register_autograd
+from roberta_fast.ops.linear_gelu import APPROXIMATIONS, linear_gelu, linear_gelu_backward_ref
+from roberta_fast.ops.registration import (
+    autocast_to,
+    check_rows,
+    define,
+    facts_of,
+    real_rows,
+    refuse,
+    register_autograd,
+    register_backends,
+)
 
 
 def feed_forward(
@@ -20,14 +31,16 @@ def feed_forward(
     bias2: torch.Tensor | None,
     *,
     approximate: str = "none",
+    recompute: bool = False,
     count: torch.Tensor | None = None,
     deterministic: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """GELU(x @ weight1ᵀ + bias1) @ weight2ᵀ + bias2, which keeps for backward x and the pre-activation alone.
+    """GELU(x @ weight1ᵀ + bias1) @ weight2ᵀ + bias2.
 
     x: [N, K]; weight1: [M, K]; bias1: [M] or None; weight2: [L, M]; bias2: [L] or None. approximate: ``"none"`` (exact erf) or
-    ``"tanh"``. count, deterministic: as in ``linear_gelu``. Under autocast computes in its dtype. Returns [N, L].
+    ``"tanh"``. recompute: backward computes GELU again, so that of [N, M] the pre-activation alone is kept. count,
+    deterministic: as in ``linear_gelu``. Under autocast computes in its dtype. Returns [N, L].
     Raises ValueError naming the argument that does not fit.
     """
     check_rows(x, count)
@@ -38,8 +51,13 @@ def feed_forward(
         refuse("bias2", f"shape {tuple(bias2.shape)}", f"[{weight2.shape[0]}]")
     if approximate not in APPROXIMATIONS:
         refuse("approximate", repr(approximate), f"one of {APPROXIMATIONS}")
-    x, weight1, bias1, weight2, bias2 = autocast_to(x, weight1, bias1, weight2, bias2)
-    y, _ = _forward(x, weight1, bias1, weight2, bias2, approximate, count, deterministic, backend)
+    tensors = x, weight1, bias1, weight2, bias2
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not needs_grad or not (recompute or x.is_cuda or backend == "triton"):
+        how = {"count": count, "deterministic": deterministic, "backend": backend}
+        return linear(linear_gelu(x, weight1, bias1, approximate=approximate, **how), weight2, bias2, **how)
+    keep = weight2.requires_grad and not recompute
+    y, *_ = _forward(*autocast_to(*tensors), approximate, keep, count, deterministic, backend)
     return y
 
 
@@ -48,37 +66,59 @@ def feed_forward_ref(x, weight1, bias1, weight2, bias2, approximate="none"):
     return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate=approximate), weight2, bias2)
 
 
-def _forward_implementation(x, weight1, bias1, weight2, bias2, approximate, count, deterministic, backend):
+def feed_forward_backward_ref(
+    dy, u, activated, x, weight1, weight2, needs, approximate="none", count=None, gelu_backward=linear_gelu_backward_ref
+):
+    """Gradients (dx, dweight1, dbias1, dweight2, dbias2), those empty that ``needs`` (five bools) does not ask for.
+
+    activated: GELU(u), or None where it has to be computed again. gelu_backward: of ``linear_gelu``.
+    """
+    dy, u, x = (real_rows(t, count) for t in (dy, u, x))
+    gradients = *gelu_backward(dy @ weight2, u, x, weight1, needs[2], approximate, None), None, None
+    if needs[3]:
+        activated = F.gelu(u, approximate=approximate) if activated is None else real_rows(activated, count)
+        gradients = *gradients[:3], dy.mT @ activated, None
+    if needs[4]:
+        gradients = *gradients[:4], dy.sum(0)
+    return tuple(gradient if needed else dy.new_empty(0) for gradient, needed in zip(gradients, needs, strict=True))
+
+
+def feed_forward_backward_cpp(*arguments):
+    """``feed_forward_backward_ref`` with the C++ kernel for GELU and what is before it."""
+    return feed_forward_backward_ref(*arguments, gelu_backward=torch.ops.roberta_fast_cpp.linear_gelu_bwd.default)
+
+
+def _forward_implementation(x, weight1, bias1, weight2, bias2, approximate, keep, count, deterministic, backend):
     inner = torch.ops.roberta_fast.linear_gelu.default
-    activated, preactivation = inner(x, weight1, bias1, approximate, True, count, deterministic, backend)
+    activated, u = inner(x, weight1, bias1, approximate, True, count, deterministic, backend)
     y = linear(activated, weight2, bias2, count=count, deterministic=deterministic, backend=backend)
-    return y, preactivation
+    return y, u, activated if keep else x.new_empty(0)
 
 
-def _forward_fake(x, weight1, bias1, weight2, bias2, approximate, count, deterministic, backend):
-    return x.new_empty(x.shape[0], weight2.shape[0]), x.new_empty(x.shape[0], weight1.shape[0])
+def _forward_fake(x, weight1, bias1, weight2, bias2, approximate, keep, count, deterministic, backend):
+    shape = x.shape[0], weight1.shape[0]
+    return x.new_empty(x.shape[0], weight2.shape[0]), x.new_empty(shape), x.new_empty(shape if keep else (0,))
 
 
-def _backward_implementation(dy, u, x, weight1, weight2, has_bias1, has_bias2, approximate, count, backend):
-    outer, inner = (getattr(torch.ops.roberta_fast, name).default for name in ("linear_backward", "linear_gelu_backward"))
-    dactivated, dweight2, dbias2 = outer(dy, F.gelu(u, approximate=approximate), weight2, has_bias2, count, backend)
-    return *inner(dactivated, u, x, weight1, has_bias1, approximate, count, backend), dweight2, dbias2
+def _backward_implementation(dy, u, activated, x, weight1, weight2, needs, approximate, count, backend):
+    facts = facts_of(x, device_rows=count is not None)
+    run = dispatch.choose("feed_forward_backward", facts, backend).run
+    return run(dy, u, activated, x, weight1, weight2, needs, approximate, count)
 
 
-def _backward_fake(dy, u, x, weight1, weight2, has_bias1, has_bias2, approximate, count, backend):
-    biases = (weight.new_empty(weight.shape[:1] if has else (0,)) for weight, has in ((weight1, has_bias1), (weight2, has_bias2)))
-    dbias1, dbias2 = biases
-    return x.new_empty(x.shape), weight1.new_empty(weight1.shape), dbias1, weight2.new_empty(weight2.shape), dbias2
+def _backward_fake(dy, u, activated, x, weight1, weight2, needs, approximate, count, backend):
+    shapes = x.shape, weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1]
+    return tuple(x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True))
 
 
 _forward = define(
-    "feed_forward(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str approximate, Tensor? count, "
-    "bool deterministic, str backend) -> (Tensor, Tensor)",
+    "feed_forward(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str approximate, bool keep, "
+    "Tensor? count, bool deterministic, str backend) -> (Tensor, Tensor, Tensor)",
     _forward_implementation,
     _forward_fake,
 )
 _backward = define(
-    "feed_forward_backward(Tensor dy, Tensor u, Tensor x, Tensor weight1, Tensor weight2, bool has_bias1, bool has_bias2, "
+    "feed_forward_backward(Tensor dy, Tensor u, Tensor? activated, Tensor x, Tensor weight1, Tensor weight2, bool[] needs, "
     "str approximate, Tensor? count, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_implementation,
     _backward_fake,
@@ -86,19 +126,18 @@ _backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight1, bias1, weight2, bias2, ctx.approximate, count, _, ctx.backend = inputs
-    _, u = output
-    ctx.has_biases = bias1 is not None, bias2 is not None
-    ctx.mark_non_differentiable(u)
-    ctx.save_for_backward(u, x, weight1, weight2, count)
+    x, weight1, _, weight2, _, ctx.approximate, keep, count, _, ctx.backend = inputs
+    _, u, activated = output
+    ctx.mark_non_differentiable(u, activated)
+    ctx.save_for_backward(u, activated if keep else None, x, weight1, weight2, count)
 
 
-def _autograd_backward(ctx, dy, _du):
-    u, x, weight1, weight2, count = ctx.saved_tensors
-    arguments = dy.contiguous(), u, x, weight1, weight2, *ctx.has_biases, ctx.approximate, count, ctx.backend
-    dx, dweight1, dbias1, dweight2, dbias2 = _backward(*arguments)
-    has_bias1, has_bias2 = ctx.has_biases
-    return dx, dweight1, dbias1 if has_bias1 else None, dweight2, dbias2 if has_bias2 else None, *[None] * 4
+def _autograd_backward(ctx, dy, _du, _dactivated):
+    *saved, count = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    gradients = _backward(dy.contiguous(), *saved, needs, ctx.approximate, count, ctx.backend)
+    return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *[None] * 5
 
 
 register_autograd("feed_forward", _autograd_backward, _setup_context)
+register_backends("feed_forward", {"feed_forward_backward": "feed_forward_bwd"}, cpp=f"{__name__}:feed_forward_backward_cpp")

@@ -93,14 +93,16 @@ def register_backends(
     kernels: dict[str, str] | None = None,
     *,
     backends: tuple[str, ...] = ("triton", "cpp", "torch"),
+    cpp: str = "torch:ops.roberta_fast_cpp.{kernel}.default",
     any_dtype: bool = False,
     objection: Callable[[dispatch.Facts], str | None] = lambda _: None,
 ) -> None:
     """Registers the candidates of the operations in ``ops/<stem>.py`` by the naming rule that all of them share.
 
     kernels: operation to kernel name, by default ``<stem>`` to ``<stem>_fwd`` and ``<stem>_backward`` to ``<stem>_bwd``.
-    Triton serves CUDA tensors, C++ CPU tensors, the reference composition ``<op>_ref`` any. Kernels take every floating
-    dtype but float64, those in C++ float32 alone, unless ``any_dtype``; ``objection`` adds what else they cannot do.
+    cpp: the path of what serves in C++. Triton serves CUDA tensors, C++ CPU tensors, the reference composition ``<op>_ref``
+    any. Kernels take every floating dtype but float64, those in C++ float32 alone, unless ``any_dtype``; ``objection`` adds what
+    else they cannot do.
     """
 
     def triton_objection(facts):
@@ -113,7 +115,7 @@ def register_backends(
     for op, kernel in (kernels or {stem: f"{stem}_fwd", f"{stem}_backward": f"{stem}_bwd"}).items():
         for backend, path, device, reason in (
             ("triton", f"roberta_fast.kernels.{stem}:{kernel}", "cuda", triton_objection),
-            ("cpp", f"torch:ops.roberta_fast_cpp.{kernel}.default", "cpu", cpp_objection),
+            ("cpp", cpp.format(kernel=kernel), "cpu", cpp_objection),
             ("torch", f"roberta_fast.ops.{stem}:{op}_ref", "any", _torch_objection),
         ):
             if backend in backends:

@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 import roberta_fast
-from roberta_fast.serving import jobs, page, schemas
+from roberta_fast.serving import generation, jobs, page, schemas
 from roberta_fast.serving.engine import Engine
 from roberta_fast.serving.errors import STATUS, RequestError
 from roberta_fast.serving.guards import Guards
@@ -102,6 +102,7 @@ def _add_probes(app, service, metrics):
             "max_batch_requests": settings.max_batch_requests,
             "max_concurrent_requests": settings.max_queue,
             "max_client_batch_size": settings.max_client_batch_size,
+            "max_new_tokens": engine.max_new_tokens,
             "version": roberta_fast.__version__,
         }
 
@@ -196,6 +197,33 @@ def _add_routes(app, service):
 
         return await service.respond(request, len(texts), jobs.fill_masks, texts, parameters, shape=shape)
 
+    @app.post("/translate", response_model=list[schemas.TranslationResponse])
+    async def translate(body: schemas.TranslationRequest, request: Request):
+        """Hugging Face's form: a list of the translations of a text or of several."""
+        service.check_task("translation")
+        texts, parameters = _listed(body.inputs), body.parameters or schemas.TranslationParameters()
+        return await service.respond(request, len(texts), generation.translate, texts, parameters)
+
+    async def continued(body, request, shape):
+        service.check_task("text-generation")
+        texts, parameters = _listed(body.inputs), body.parameters or schemas.TextGenerationParameters()
+        if body.stream:
+            return await service.stream(request, generation.generate, texts, parameters)
+        return await service.respond(request, len(texts), generation.generate, texts, parameters, shape=shape)
+
+    @app.post(
+        "/generate",
+        response_model=schemas.TextGenerationResponse | list[schemas.TextGenerationResponse],
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
+    async def generate(body: schemas.TextGenerationRequest, request: Request):
+        """text-generation-inference's form: what follows a text, or each of a list; with ``stream``, its tokens as events."""
+        return await continued(body, request, lambda results: _unnested(results, isinstance(body.inputs, str)))
+
+    async def generate_listed(body: schemas.TextGenerationRequest, request: Request):
+        """As ``/generate``, but a list in any case."""
+        return await continued(body, request, lambda results: results)
+
     @app.post(
         "/v1/embeddings",
         response_model=schemas.OpenAIEmbeddingsResponse,
@@ -218,6 +246,8 @@ def _add_routes(app, service):
         "token-classification": token_classification,
         "embedding": embed_or_compare,
         "fill-mask": fill_mask,
+        "translation": translate,
+        "text-generation": generate_listed,
     }
     app.post("/", summary="The served task, in Hugging Face's form", response_model=None)(of_task[service.engine.task])
 

@@ -5,10 +5,11 @@ delayed in the hope of a fuller batch.
 """
 
 import asyncio
+import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from roberta_fast.serving.decoding import Continued
 from roberta_fast.serving.engine import Feed
 from roberta_fast.serving.errors import RequestError
 from roberta_fast.serving.guards import where_it_failed
@@ -27,7 +29,7 @@ logger = logging.getLogger("roberta_fast.serving")
 class Computed:
     """What became of a request. outputs: one for each sequence. queued, computing: seconds until its first batch, and since."""
 
-    outputs: list[np.ndarray]
+    outputs: list
     queued: float
     computing: float
 
@@ -42,10 +44,25 @@ class _Request:
     missing: int = 0
     started: float | None = None
 
+    def take(self, i: int, output: np.ndarray | Continued | Exception) -> None:
+        """The output for a sequence; with the last one the request is done, as with any failure."""
+        if self.future.done():
+            return
+        if isinstance(output, Exception) or not np.isfinite(getattr(output, "logprobs", output)).all():
+            what = type(output).__name__ if isinstance(output, Exception) else "not finite"
+            self.future.set_exception(RequestError("backend", f"Inference failed: {what}"))
+            return
+        self.outputs[i] = output
+        self.missing -= 1
+        if not self.missing:
+            now = time.monotonic()
+            self.future.set_result(Computed(self.outputs, self.started - self.since, now - self.started))
+
 
 class Batcher:
     """Feeds ``compute``, in a thread of its own, with batches of what ``run`` was called with.
 
+    compute: gives (number of a sequence, its output) for each, in any order; an output is delivered once it is given.
     max_batch_tokens: a batch's budget; a sequence that exceeds it is computed alone. max_batch_requests: sequences in a batch, or
     None. max_queue: requests that are admitted at a time. patience: seconds that a new request may have to wait.
     observe: called after each batch with (sequences, tokens, seconds).
@@ -53,7 +70,7 @@ class Batcher:
 
     def __init__(
         self,
-        compute: Callable[[Sequence[Feed]], list[np.ndarray]],
+        compute: Callable[[Sequence[Feed]], Iterable[tuple[int, np.ndarray | Continued]]],
         max_batch_tokens: int,
         max_queue: int,
         patience: float,
@@ -108,7 +125,8 @@ class Batcher:
             self.admitted_requests -= 1
 
     async def run(self, feeds: Sequence[Feed]) -> Computed:
-        """The outputs for the sequences of one request; cancelled, those that are not yet in a batch are never computed.
+        """The outputs for the sequences of one request; cancelled, those that are not yet in a batch are never computed, and
+        those that are being continued get no further token.
 
         Raises RequestError, backend, where one of them cannot be computed.
         """
@@ -122,6 +140,9 @@ class Batcher:
         finally:
             self.waiting_tokens -= sum(feed.cost for feed in feeds[request.next :])
             request.next = len(feeds)
+            for feed in feeds:
+                if feed.continuation is not None:
+                    feed.continuation.abandoned = True
 
     async def _serve(self):
         loop = asyncio.get_running_loop()
@@ -133,11 +154,10 @@ class Batcher:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            begun, self._computing_tokens = time.monotonic(), sum(request.feeds[i].cost for request, i in batch)
-            outputs = await loop.run_in_executor(self._worker, self._outputs, [request.feeds[i] for request, i in batch])
-            self._measure(len(batch), time.monotonic() - begun)
-            for (request, i), output in zip(batch, outputs, strict=True):
-                _deliver(request, i, output)
+            tokens = self._computing_tokens = sum(request.feeds[i].cost for request, i in batch)
+            begun, deliver = time.monotonic(), functools.partial(loop.call_soon_threadsafe, self._deliver)
+            await loop.run_in_executor(self._worker, self._compute_batch, batch, deliver)
+            self._measure(len(batch), tokens, time.monotonic() - begun)
 
     def _next_batch(self) -> list[tuple[_Request, int]]:
         """(request, number of its sequence) for the next batch."""
@@ -158,30 +178,25 @@ class Batcher:
             self._waiting.rotate(-1)
         return batch
 
-    def _outputs(self, feeds):
-        """compute(feeds), and where that fails each alone, so that none suffers from another; a failure is an output too."""
+    def _compute_batch(self, batch, deliver):
+        """Delivers what is computed, or where that fails what each gives alone, as none may suffer from another."""
+        missing = dict(enumerate(batch))
         try:
-            return self._compute(feeds)
+            for number, output in self._compute([request.feeds[i] for request, i in batch]):
+                deliver(*missing.pop(number), output)
         except Exception as error:  # whatever it is, the server must outlive it
-            logger.error("a batch of %d sequences failed: %s", len(feeds), where_it_failed(error))
-            return [error] if len(feeds) == 1 else [output for feed in feeds for output in self._outputs([feed])]
+            logger.error("a batch of %d sequences failed: %s", len(batch), where_it_failed(error))
+            if len(batch) == 1:
+                deliver(*batch[0], error)
+                return
+            for place in missing.values():
+                self._compute_batch([place], deliver)
 
-    def _measure(self, sequences, seconds):
-        tokens, self._computing_tokens = self._computing_tokens, 0
+    def _deliver(self, request, i, output):
+        self._computing_tokens -= request.feeds[i].cost
+        request.take(i, output)
+
+    def _measure(self, sequences, tokens, seconds):
         self._observe(sequences, tokens, seconds)
         latest = seconds / tokens
         self._seconds_a_token += (latest - self._seconds_a_token) * (0.2 if self._seconds_a_token else 1.0)
-
-
-def _deliver(request, i, output):
-    if request.future.done():
-        return
-    if isinstance(output, Exception) or not np.isfinite(output).all():
-        what = type(output).__name__ if isinstance(output, Exception) else "not finite"
-        request.future.set_exception(RequestError("backend", f"Inference failed: {what}"))
-        return
-    request.outputs[i] = output
-    request.missing -= 1
-    if not request.missing:
-        now = time.monotonic()
-        request.future.set_result(Computed(request.outputs, request.started - request.since, now - request.started))

@@ -1,7 +1,7 @@
 """A model, its tokenizer and its task: from a folder or a name to the outputs for sequences of tokens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ from transformers.utils import cached_file
 import roberta_fast
 from roberta_fast.families import longest_sequence
 from roberta_fast.quantized import FILE as QUANTIZED_FILE
+from roberta_fast.serving.decoding import Continuation, Continued, Decoder
 from roberta_fast.serving.settings import POOLINGS, TASKS, Settings
+from roberta_fast.tasks.generation import TARGET_TOKENIZER, text_bounds
 
 # How much larger than its real tokens a padded batch may be. An accelerated model pays for padding in the embeddings alone,
 # about a fortieth of a token's whole cost on CPU; a stock one pays in full.
@@ -23,24 +25,38 @@ PADDING = {False: 3.0, True: 1.25}
 MASKED_TOKEN_COST = 16
 # On CPU a larger batch is no faster a token, and all of its texts wait for the last.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+# Where tokens come one by one, each step reads all weights whatever the rows, and few rows need what they may come to.
+GENERATION_BATCH_TOKENS = {"cpu": 8192, "cuda": 65_536}
+DEFAULT_NEW_TOKENS = 100
 _ENDINGS = {
     "ForQuestionAnswering": "question-answering",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForMaskedLM": "fill-mask",
+    "EncoderDecoderModel": "translation",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "BertGenerationDecoder": "text-generation",
 }
+GENERATING = ("translation", "text-generation")
 
 
 class Feed(NamedTuple):
-    """One sequence to compute. masked: places whose words are asked for, in fill-mask; empty elsewhere."""
+    """One sequence to compute.
+
+    masked: places whose words are asked for, in fill-mask; empty elsewhere. continuation: how it is continued, where it is.
+    """
 
     input_ids: list[int]
     token_type_ids: list[int] | None
     masked: tuple[int, ...] = ()
+    continuation: Continuation | None = None
 
     @property
     def cost(self) -> int:
-        """Tokens that it counts in a batch."""
+        """Tokens that it counts in a batch; of a continuation, all that it may come to."""
+        if self.continuation is not None:
+            return (len(self.input_ids) + self.continuation.max_new_tokens) * self.continuation.num_beams
         return len(self.input_ids) + MASKED_TOKEN_COST * len(self.masked)
 
 
@@ -48,7 +64,8 @@ class Engine:
     """Loads what ``settings`` name and computes with it.
 
     task: a key of ``TASKS``. max_length: tokens that the model takes, special ones included. max_batch_tokens: a batch's budget.
-    precision: ``int8`` or the dtype. prompts: what embedding models want before a text, by name.
+    precision: ``int8`` or the dtype. prompts: what embedding models want before a text, by name. target_tokenizer: of what is
+    generated. max_new_tokens: how many of it there may be; 0 in tasks that generate nothing.
     Raises ValueError naming the setting that does not fit.
     """
 
@@ -56,7 +73,9 @@ class Engine:
         self.settings = settings
         self.config, self.task = task_of(settings)
         self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.max_batch_tokens = settings.max_batch_tokens or BATCH_TOKENS[self.device]
+        self.max_batch_tokens = (
+            settings.max_batch_tokens or (GENERATION_BATCH_TOKENS if self.task in GENERATING else BATCH_TOKENS)[self.device]
+        )
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.tokenizer = _loaded(AutoTokenizer, settings.model)
@@ -66,27 +85,41 @@ class Engine:
         self.precision = settings.precision or settings.dtype
         self.pooling, longest = self._pooling() if self.task == "embedding" else (None, None)
         self.model = self._model()
-        positions = longest_sequence(self.config)
-        self.max_length = min(length for length in (positions, self.tokenizer.model_max_length, longest) if length)
+        self.max_length = min(length for length in (self._positions(), self.tokenizer.model_max_length, longest) if length)
+        self.max_new_tokens = 0
+        if self.task in GENERATING:
+            self.target_tokenizer, self.decoder = self._generation()
+            self.max_new_tokens = min(settings.max_new_tokens, self.decoder.max_length)
         self._warm_up()
 
-    def compute(self, feeds: Sequence[Feed]) -> list[np.ndarray]:
-        """The output for each sequence, float32.
+    def compute(self, feeds: Sequence[Feed]) -> list[np.ndarray | Continued]:
+        """The output for each sequence, float32 where it is an array.
 
         question-answering: [2, S], start and end logits. token-classification: [S, labels]. text-classification: [labels].
-        embedding: [C], pooled. fill-mask: [masked, V].
+        embedding: [C], pooled. fill-mask: [masked, V]. Where texts are generated: ``Continued``.
         """
-        results: list = [None] * len(feeds)
+        outputs = dict(self.outputs(feeds))
+        return [outputs[i] for i in range(len(feeds))]
+
+    def outputs(self, feeds: Sequence[Feed]) -> Iterator[tuple[int, np.ndarray | Continued]]:
+        """(number of a sequence, its output), each as soon as it is there."""
+        compute = self._continued if self.task in GENERATING else self._computed
         with torch.inference_mode():
-            for group in _groups([len(feed.input_ids) for feed in feeds], PADDING[self.settings.stock]):
-                outputs = self._outputs([feeds[i] for i in group])
-                for i, output in zip(group, outputs, strict=True):
-                    results[i] = output
-        return results
+            for alike in _alike(feeds):
+                for group in _groups([len(feeds[i].input_ids) for i in alike], PADDING[self.settings.stock]):
+                    numbers = [alike[i] for i in group]
+                    for place, output in compute([feeds[i] for i in numbers]):
+                        yield numbers[place], output
 
     def explanation(self) -> str:
         """What runs on which backend."""
         return "stock Hugging Face" if self.settings.stock else str(roberta_fast.explain(self.model))
+
+    def _continued(self, feeds):
+        return self.decoder([feed.input_ids for feed in feeds], [feed.continuation for feed in feeds])
+
+    def _computed(self, feeds):
+        return enumerate(self._outputs(feeds))
 
     def _outputs(self, feeds):
         lengths = [len(feed.input_ids) for feed in feeds]
@@ -148,6 +181,7 @@ class Engine:
                 raise ValueError(f"--model {settings.model} holds 8-bit weights: neither --stock nor --dtype {settings.dtype}")
             self.precision = "int8"
             return roberta_fast.load_quantized(settings.model, auto, deterministic=settings.deterministic)
+        self._check_kind()
         model, info = _loaded(auto, settings.model, dtype=getattr(torch, settings.dtype), output_loading_info=True)
         missing = [name for name in info["missing_keys"] if "pooler" not in name or self.task == "text-classification"]
         if missing:
@@ -160,6 +194,33 @@ class Engine:
         if settings.precision == "int8" and self.device == "cpu":
             roberta_fast.release_weights(model)
         return model
+
+    def _check_kind(self):
+        crosses = self.config.model_type == "encoder-decoder"
+        if crosses != (self.task == "translation"):
+            raise ValueError(f"--model {self.settings.model} is {self.config.model_type}: not for --task {self.task}")
+        if self.task == "text-generation" and not self.config.is_decoder:
+            raise ValueError(f"--model {self.settings.model} looks ahead, as its config has no is_decoder: no --task {self.task}")
+
+    def _positions(self):
+        return longest_sequence(self.config.encoder if self.task == "translation" else self.config)
+
+    def _generation(self):
+        """(the tokenizer of what is generated, the decoder)."""
+        tokenizer, generation = self.tokenizer, self.model.generation_config
+        if self.task == "translation":
+            if Path(self.settings.model, TARGET_TOKENIZER).is_dir():
+                tokenizer = _loaded(AutoTokenizer, str(Path(self.settings.model, TARGET_TOKENIZER)))
+            self.default_beams = generation.num_beams or 1
+            self.default_new_tokens = generation.max_length or DEFAULT_NEW_TOKENS
+            ends, start = generation.eos_token_id, generation.decoder_start_token_id
+        else:
+            self.default_beams, self.default_new_tokens = 1, DEFAULT_NEW_TOKENS
+            ends, start = text_bounds(tokenizer)[1], None
+        if ends is None or (self.task == "translation" and start is None):
+            raise ValueError(f"--model {self.settings.model} does not say by which tokens its texts begin and end")
+        ends = [ends] if isinstance(ends, int) else ends
+        return tokenizer, Decoder(self.model, ends, tokenizer.pad_token_id or 0, start)
 
     def _pooling(self):
         """(how a text's embedding is made of its tokens', its longest length or None), as the folder of the model says."""
@@ -190,9 +251,10 @@ class Engine:
 
     def _warm_up(self):
         token = self.tokenizer.cls_token_id or 0
-        for length in (8, self.max_length):
+        how = Continuation(2) if self.task in GENERATING else None
+        for length in (8, self.max_length - (how.max_new_tokens if self.task == "text-generation" else 0)):
             types = [0] * length if "token_type_ids" in self.tokenizer.model_input_names else None
-            self.compute([Feed([token] * length, types, (0,) if self.task == "fill-mask" else ())])
+            self.compute([Feed([token] * length, types, (0,) if self.task == "fill-mask" else (), how)])
 
 
 def task_of(settings: Settings) -> tuple[transformers.PreTrainedConfig, str]:
@@ -205,6 +267,15 @@ def task_of(settings: Settings) -> tuple[transformers.PreTrainedConfig, str]:
     if task is None and not architecture.endswith("Model"):
         raise ValueError(f"--model {settings.model} is of architectures {config.architectures}: give --task {'|'.join(TASKS)}")
     return config, task or "embedding"
+
+
+def _alike(feeds) -> list[list[int]]:
+    """Numbers of sequences, those together that one call can compute: all, but for beams of different numbers or lengths."""
+    groups: dict = {}
+    for i, feed in enumerate(feeds):
+        how = feed.continuation
+        groups.setdefault(None if how is None or how.num_beams == 1 else (how.num_beams, how.max_new_tokens), []).append(i)
+    return list(groups.values())
 
 
 def _groups(lengths: list[int], padding: float) -> list[list[int]]:

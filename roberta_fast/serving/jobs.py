@@ -31,15 +31,15 @@ class Job(NamedTuple):
 
 def answer_questions(engine: Engine, pairs: Sequence[tuple[str, str]], parameters) -> Job:
     """A list of answers to each (question, context), best first. parameters: ``schemas.QuestionAnsweringParameters``."""
-    _not_empty("question", [question for question, _ in pairs])
-    _not_empty("context", [context for _, context in pairs])
+    not_empty("question", [question for question, _ in pairs])
+    not_empty("context", [context for _, context in pairs])
     max_length = _at_most(engine, "max_seq_len", parameters.max_seq_len, question_answering.MAX_LENGTH)
     stride = parameters.doc_stride if parameters.doc_stride is not None else min(question_answering.DOC_STRIDE, max_length // 4)
     questions, contexts = [question.strip() for question, _ in pairs], [context for _, context in pairs]
     if parameters.max_question_len is not None:
         questions = _cut_to(engine, questions, parameters.max_question_len)
     windower = Windower(engine.tokenizer, max_length, stride, engine.settings.max_request_tokens)
-    windows = _checked(windower.of_pairs, questions, contexts)
+    windows = checked(windower.of_pairs, questions, contexts)
 
     def finish(outputs):
         answers = []
@@ -68,7 +68,7 @@ def classify(
 
     function: ``softmax``, ``sigmoid`` or ``none``; None takes what the model's config says.
     """
-    windows = _one_each(engine, texts, truncation)
+    windows = one_each(engine, texts, truncation)
     function, labels = function or function_of(engine.config), engine.config.id2label
 
     def finish(outputs):
@@ -86,7 +86,7 @@ def rerank(engine: Engine, query: str, texts: Sequence[str], truncation: str | N
     """The texts by their score for ``query``, best first, by a classifier with a single label."""
     if engine.config.num_labels != 1:
         raise RequestError("backend", "model is not a re-ranker model")
-    windows = _one_each(engine, [(query, text) for text in texts], truncation)
+    windows = one_each(engine, [(query, text) for text in texts], truncation)
 
     def finish(outputs):
         scores = [float(_scores(logits, "none" if raw_scores else "sigmoid")[0]) for logits in outputs]
@@ -98,10 +98,10 @@ def rerank(engine: Engine, query: str, texts: Sequence[str], truncation: str | N
 
 def find_entities(engine: Engine, texts: Sequence[str], parameters) -> Job:
     """The entities of each text, of any length. parameters: ``TokenClassificationParameters``."""
-    _not_empty("inputs", texts)
+    not_empty("inputs", texts)
     stride = parameters.stride if parameters.stride is not None else engine.max_length // 4
     windower = Windower(engine.tokenizer, engine.max_length, stride, engine.settings.max_request_tokens)
-    windows = _checked(windower.of_texts, texts)
+    windows = checked(windower.of_texts, texts)
     key = "entity" if parameters.aggregation_strategy == "none" else "entity_group"
 
     def finish(outputs):
@@ -133,7 +133,7 @@ def embed(
     size = engine.config.hidden_size
     if dimensions is not None and dimensions > size:
         raise RequestError("validation", f"dimensions must be at most {size}, got {dimensions}")
-    windows = _one_each(engine, [(engine.prompts.get(name, "") + text,) for text in texts], truncation)
+    windows = one_each(engine, [(engine.prompts.get(name, "") + text,) for text in texts], truncation)
 
     def finish(outputs):
         vectors = np.stack(outputs)[:, :dimensions]
@@ -167,7 +167,7 @@ def numbers(vectors: np.ndarray) -> list[list[float]]:
 
 def fill_masks(engine: Engine, texts: Sequence[str], parameters) -> Job:
     """The likeliest words for each mask of each text: a list of words a mask. parameters: ``FillMaskParameters``."""
-    windows = _one_each(engine, [(text,) for text in texts], None)
+    windows = one_each(engine, [(text,) for text in texts], None)
     mask_id, tokenizer = engine.tokenizer.mask_token_id, engine.tokenizer
     targets = _target_ids(tokenizer, parameters.targets) if parameters.targets else None
     feeds = []
@@ -223,12 +223,14 @@ def _feeds(windows: Sequence[Window]) -> list[Feed]:
     return [Feed(window.input_ids, window.token_type_ids) for window in windows]
 
 
-def _one_each(engine, texts, truncation):
-    _not_empty("inputs", [part for parts in texts for part in parts])
-    return _checked(Windower(engine.tokenizer, engine.max_length).one_each, texts, truncation)
+def one_each(engine: Engine, texts: Sequence[tuple[str, ...]], truncation: str | None) -> list[Window]:
+    """``Windower.one_each`` of texts that are not blank. Raises RequestError."""
+    not_empty("inputs", [part for parts in texts for part in parts])
+    return checked(Windower(engine.tokenizer, engine.max_length).one_each, texts, truncation)
 
 
-def _checked(make, *arguments):
+def checked(make: Callable, *arguments) -> Any:
+    """make(*arguments), whose complaints become RequestErrors."""
     try:
         return make(*arguments)
     except TooLong as error:
@@ -237,7 +239,8 @@ def _checked(make, *arguments):
         raise RequestError("tokenizer", str(error)) from None
 
 
-def _not_empty(name, texts):
+def not_empty(name: str, texts: Sequence[str]) -> None:
+    """Raises RequestError, empty, where there is no text or a blank one."""
     if not texts or not all(text.strip() for text in texts):
         raise RequestError("empty", f"`{name}` cannot be empty")
 
@@ -250,7 +253,7 @@ def _at_most(engine, name, value, default):
 
 def _cut_to(engine, texts, tokens):
     """The texts without what is behind their first ``tokens`` tokens."""
-    cut = _checked(tokenize, engine.tokenizer, texts)
+    cut = checked(tokenize, engine.tokenizer, texts)
     return [text if len(t.ids) <= tokens else text[: t.offsets[tokens - 1][1]] for text, t in zip(texts, cut, strict=True)]
 
 

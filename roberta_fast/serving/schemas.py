@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from roberta_fast.tasks.question_answering import MAX_ANSWER_LENGTH
 
@@ -15,7 +15,7 @@ Texts = str | list[str]
 class _Body(BaseModel):
     """Of a request: nothing is converted, and a field that is not known is refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ErrorResponse(BaseModel):
@@ -157,6 +157,100 @@ class WordResponse(BaseModel):
     sequence: str
 
 
+class GenerateParameters(_Body):
+    max_new_tokens: int | None = Field(None, ge=1)
+    num_beams: int | None = Field(None, ge=1, le=8)
+    do_sample: bool | None = Field(None, description="by default where a temperature, top_k or top_p is given")
+    temperature: float | None = Field(None, ge=0.01, le=100)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63, description="draws the same text again, whatever is asked beside it")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        if self.do_sample is not None:
+            return self.do_sample
+        return not (self.temperature is self.top_k is self.top_p is None)
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.do_sample is False and not (self.temperature is self.top_k is self.top_p is None):
+            raise ValueError("temperature, top_k and top_p are of sampling, and do_sample is false")
+        if self.samples and (self.num_beams or 1) > 1:
+            raise ValueError("num_beams must be 1 where tokens are sampled")
+        return self
+
+
+class TranslationParameters(GenerateParameters):
+    clean_up_tokenization_spaces: bool | None = None
+    truncation: Literal["do_not_truncate", "longest_first", "only_first"] | None = None
+    generate_parameters: GenerateParameters | None = Field(None, description="in place of those beside it")
+
+    @model_validator(mode="after")
+    def _says_once(self):
+        if self.generate_parameters is not None and self.model_fields_set & GenerateParameters.model_fields.keys():
+            raise ValueError("what generate_parameters holds cannot be given beside it too")
+        return self
+
+
+class TranslationRequest(_Body):
+    inputs: Texts
+    parameters: TranslationParameters | None = None
+
+
+class TranslationResponse(BaseModel):
+    translation_text: str
+
+
+class TextGenerationParameters(GenerateParameters):
+    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=4, description="ends the text, and is in it")
+    truncate: int | None = Field(None, ge=1, description="tokens of the input that are kept, its last")
+    return_full_text: bool | None = None
+    details: bool | None = None
+    best_of: Literal[1] | None = None
+    decoder_input_details: Literal[False] | None = None
+    watermark: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _fits_beams(self):
+        if (self.num_beams or 1) > 1 and (self.stop or self.details):
+            raise ValueError("num_beams must be 1 with stop or details")
+        return self
+
+
+class TextGenerationRequest(_Body):
+    inputs: Texts
+    parameters: TextGenerationParameters | None = None
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.stream and (isinstance(self.inputs, list) or (self.parameters and (self.parameters.num_beams or 1) > 1)):
+            raise ValueError("a stream has one text, and num_beams 1")
+        return self
+
+
+class TokenResponse(BaseModel):
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class TextGenerationDetails(BaseModel):
+    finish_reason: Literal["eos_token", "length", "stop_sequence"]
+    generated_tokens: int
+    seed: int | None
+    prefill: list
+    tokens: list[TokenResponse]
+
+
+class TextGenerationResponse(BaseModel):
+    generated_text: str
+    details: TextGenerationDetails | None = None
+
+
 class OpenAIEmbeddingsRequest(_Body):
     input: Texts
     model: str | None = None
@@ -196,4 +290,5 @@ class InfoResponse(BaseModel):
     max_batch_requests: int | None
     max_concurrent_requests: int
     max_client_batch_size: int
+    max_new_tokens: int
     version: str

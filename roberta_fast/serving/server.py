@@ -121,7 +121,11 @@ def _parser():
     add("--deterministic", action="store_true", help="the same bits whatever a text is batched with")
     add("--stock", action="store_true", help="plain Hugging Face, not accelerated, for comparison")
     add("--pooling", choices=POOLINGS, help="of embeddings (default: what the model's folder says, else mean)")
-    add("--max-batch-tokens", type=positive, help="a batch's budget (default: 1024 on cpu, 16384 on cuda)")
+    add(
+        "--max-batch-tokens",
+        type=positive,
+        help="a batch's budget (default: 1024, on cuda 16384; generating 8192, 65536)",
+    )
     add("--max-batch-requests", type=positive, help="sequences in a batch (default: any number)")
     add(
         "--max-queue",
@@ -136,6 +140,12 @@ def _parser():
         help="texts in a request (default: %(default)s)",
     )
     add("--max-request-tokens", type=positive, default=defaults.max_request_tokens, help="of all windows (default: %(default)s)")
+    add(
+        "--max-new-tokens",
+        type=positive,
+        default=defaults.max_new_tokens,
+        help="that a request may have generated (default: %(default)s)",
+    )
     add(
         "--max-request-bytes",
         type=positive,

@@ -8,6 +8,8 @@ TASKS = {  # {task: the class of transformers that holds its head}
     "token-classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
     "fill-mask": "AutoModelForMaskedLM",
+    "translation": "EncoderDecoderModel",
+    "text-generation": "AutoModelForCausalLM",
 }
 POOLINGS = ("mean", "cls", "max")
 
@@ -30,6 +32,7 @@ class Settings:
     max_queue: int = 512
     max_client_batch_size: int = 32
     max_request_tokens: int = 65_536
+    max_new_tokens: int = 256
     max_request_bytes: int = 2_000_000
     timeout: float = 30.0
     workers: int = 1

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator
 
+from roberta_fast.families import position_ids
+from roberta_fast.tasks.generation import text_bounds
 from roberta_fast.training import report
 from roberta_fast.training.arguments import GenerationArguments
 from roberta_fast.training.data import TABLES, DataError, Table, read_lines, read_table
@@ -41,8 +43,11 @@ class Generation(FineTuning):
         self.check_length(given.block_size, "block_size")
         if given.temperature <= 0:
             raise ValueError(f"temperature={given.temperature} must be above 0; --no-do-sample takes the likeliest token")
-        self.begin = _first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id, name="bos_token or cls_token")
-        self.end = _first_id(self.tokenizer.eos_token_id, self.tokenizer.sep_token_id, name="eos_token or sep_token")
+        self.begin, self.end = text_bounds(self.tokenizer)
+        if None in (self.begin, self.end):
+            raise ValueError(
+                "the tokenizer lacks bos_token and cls_token, or eos_token and sep_token, by which texts are divided"
+            )
         for table in self.tables.values():
             column = self._column(table)
             for row, text in enumerate(table.column(column)):
@@ -94,9 +99,11 @@ class Generation(FineTuning):
             ids = [self.begin, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
             self.check_length(len(ids) + given.max_new_tokens, "the prompt's tokens + max_new_tokens")
             inputs = torch.tensor([ids], device=model.device)
+            mask = torch.ones_like(inputs)
             made = model.generate(
                 inputs,
-                attention_mask=torch.ones_like(inputs),
+                attention_mask=mask,
+                position_ids=position_ids(model.config, mask),
                 max_new_tokens=given.max_new_tokens,
                 eos_token_id=self.end,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -112,10 +119,3 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def _first_id(*ids, name):
-    found = next((i for i in ids if i is not None), None)
-    if found is None:
-        raise ValueError(f"the tokenizer has no {name}, by which texts are divided")
-    return found

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
+from roberta_fast.tasks.generation import TARGET_TOKENIZER, text_bounds
 from roberta_fast.training import report
 from roberta_fast.training.arguments import TranslationArguments, require_extra
 from roberta_fast.training.bpe import byte_level_bpe
@@ -25,7 +26,6 @@ from roberta_fast.training.data import TABLES, Table, read_lines, read_parallel,
 from roberta_fast.training.fine_tuning import FineTuning
 from roberta_fast.training.trainer import FastSeq2SeqTrainer
 
-TARGET_TOKENIZER = "decoder_tokenizer"
 WORST = 50
 
 
@@ -129,8 +129,7 @@ class Translation(FineTuning):
     def _configure(self, model):
         """What shifting labels and generation ask of the config."""
         tokenizer = self.target_tokenizer
-        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        begin, end = text_bounds(tokenizer)
         if None in (begin, end, tokenizer.pad_token_id):
             raise ValueError("decoder_tokenizer_name: the target's tokenizer lacks a token for the begin, the end or padding")
         for config in (model.config, model.generation_config):

@@ -12,6 +12,11 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from servers import served
 
+from roberta_fast.training.bpe import byte_level_bpe
+
+SENTENCES = Path(__file__).parents[2] / "roberta_fast/sentences.txt"
+
+GENERATING = ("translation", "text-generation")
 LABELS = {
     "question-answering": None,
     "text-classification": ["NEGATIVE", "NEUTRAL", "POSITIVE"],
@@ -34,6 +39,9 @@ def model_folder(checkpoint, tmp_path_factory):
     made = {"embedding": checkpoint}
 
     def folder(task):
+        if task in GENERATING and task not in made:
+            made[task] = str(tmp_path_factory.mktemp(task))
+            make_generating(task, Path(made[task]))
         if task not in made:
             torch.manual_seed(1)
             labels = LABELS[task]
@@ -48,6 +56,39 @@ def model_folder(checkpoint, tmp_path_factory):
         return made[task]
 
     return folder
+
+
+def make_generating(task, folder):
+    """A random model whose texts are of any words and lengths, in a folder as ``roberta-fast finetune`` leaves it."""
+    lines = SENTENCES.read_text(encoding="utf-8").splitlines()
+    source, target = byte_level_bpe(lines, 600), byte_level_bpe(lines, 400)
+
+    def config(tokenizer, **options):
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+        return transformers.RobertaConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=130, initializer_range=0.4, **sizes, **options
+        )
+
+    torch.manual_seed(3)
+    source.save_pretrained(folder)
+    if task == "text-generation":
+        model = transformers.RobertaForCausalLM(config(source, is_decoder=True, tie_word_embeddings=False))
+    else:
+        target.save_pretrained(folder / "decoder_tokenizer")
+        decoder = config(target, is_decoder=True, add_cross_attention=True, tie_word_embeddings=False)
+        both = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config(source), decoder)
+        model = transformers.EncoderDecoderModel(both)
+        model.generation_config.update(
+            decoder_start_token_id=target.bos_token_id,
+            eos_token_id=target.eos_token_id,
+            pad_token_id=target.pad_token_id,
+            num_beams=2,
+            max_length=24,
+        )
+    decoder = model if task == "text-generation" else model.decoder
+    decoder.roberta.embeddings.position_embeddings.weight.data *= 4  # lest a word follow itself for ever
+    decoder.lm_head.decoder.weight.data *= 0.2  # so that there is something to choose
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -67,5 +108,5 @@ def server(model_folder):
 @pytest.fixture(scope="session")
 def sentences():
     """Real text: the lines that come with the package."""
-    lines = Path(__file__).parents[2].joinpath("roberta_fast/sentences.txt").read_text(encoding="utf-8").splitlines()
+    lines = SENTENCES.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line.strip()]

@@ -30,7 +30,7 @@ class Recorder:
         self.batches.append([len(feed.input_ids) for feed in batch])
         if any(13 in feed.input_ids for feed in batch):
             raise ArithmeticError("thirteen")
-        return [np.array([len(feed.input_ids)], dtype=np.float32) for feed in batch]
+        return enumerate(np.array([len(feed.input_ids)], dtype=np.float32) for feed in batch)
 
 
 def with_batcher(scenario, compute=None, **options):
@@ -123,7 +123,7 @@ def test_what_is_not_finite_is_no_answer(value):
         with pytest.raises(RequestError, match="Inference failed: not finite"):
             await batcher.run(feeds(3))
 
-    with_batcher(scenario, lambda batch: [np.array([1.0, value])] * len(batch))
+    with_batcher(scenario, lambda batch: enumerate([np.array([1.0, value])] * len(batch)))
 
 
 def test_no_more_are_admitted_than_places():
@@ -141,7 +141,7 @@ def test_no_more_are_admitted_than_places():
 def test_who_would_wait_too_long_is_told_at_once():
     def slow(batch):
         time.sleep(0.05)
-        return [np.zeros(1)] * len(batch)
+        return enumerate([np.zeros(1)] * len(batch))
 
     async def scenario(batcher, compute):
         await batcher.run(feeds(10))  # 5 ms a token

@@ -13,7 +13,7 @@ import roberta_fast
 from roberta_fast.serving import jobs
 from roberta_fast.serving.engine import Engine, _groups, task_of
 from roberta_fast.serving.errors import RequestError
-from roberta_fast.serving.settings import Settings
+from roberta_fast.serving.settings import TASKS, Settings
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=40), st.sampled_from([1.0, 1.25, 3.0]))
@@ -106,6 +106,6 @@ def test_a_folder_of_8_bit_weights(model_folder, tmp_path, sentences):
 
 
 def test_the_task_is_that_of_the_architecture(model_folder):
-    for task in ("question-answering", "text-classification", "token-classification", "embedding", "fill-mask"):
+    for task in TASKS:
         assert task_of(Settings(model_folder(task)))[1] == task
     assert task_of(Settings(model_folder("question-answering"), task="embedding"))[1] == "embedding"

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("selenium", reason="needs selenium")
 
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -96,6 +97,18 @@ def test_masks_are_filled_and_errors_are_told(page, browser):
     assert alert.text.startswith("422: a text must hold 1 to 16 times [MASK], got 0")
     # The browser itself notes every failed request.
     assert all("422" in entry["message"] or "favicon" in entry["message"] for entry in browser.get_log("browser"))
+
+
+def test_texts_are_translated_and_continued(page, server):
+    (translation,) = server("translation").post("/translate", json={"inputs": "Old Marley 👻"}).json()
+    shown = page("translation", {"Text": "Old Marley 👻"}).find_element(By.CLASS_NAME, "answer").get_property("textContent")
+    assert shown == translation["translation_text"] != ""
+    whole = server("text-generation").post("/generate", json={"inputs": SCRIPT}).json()["generated_text"]
+    result = page("text-generation", {"Beginning": SCRIPT})
+    # An element may be replaced by the next token's while it is read.
+    wait = WebDriverWait(result, 30, ignored_exceptions=[StaleElementReferenceException])
+    wait.until(lambda r: r.find_element(By.TAG_NAME, "mark").get_property("textContent") == whole)
+    assert result.get_property("textContent") == SCRIPT + whole
 
 
 def test_nothing_comes_from_elsewhere(page, browser):

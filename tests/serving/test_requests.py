@@ -115,7 +115,7 @@ def test_bearer_token(checkpoint):
 def slow_server(checkpoint):
     """A server whose model takes as long as the test holds ``client.gate`` closed, and one sequence a batch."""
     with served(model=checkpoint, max_batch_requests=1, max_queue=4, timeout=2.0) as client:
-        compute, client.gate, client.computed = client.service.engine.compute, threading.Event(), []
+        compute, client.gate, client.computed = client.service.engine.outputs, threading.Event(), []
 
         def gated(feeds):
             client.gate.wait(10)
