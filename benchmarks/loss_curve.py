@@ -82,7 +82,12 @@ def masked_batches(
     encoded = tokenizer(chosen, truncation=True, max_length=longest, return_special_tokens_mask=True)
     rows = [{name: values[i] for name, values in encoded.items()} for i in range(len(chosen))]
     collate = DataCollatorForLanguageModeling(tokenizer, seed=0)
-    batches = (collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
+
+    def masked(rows):
+        batch = collate(rows)
+        return batch if (batch["labels"] != -100).any() else masked(rows)  # the mean of no loss is no number
+
+    batches = (masked(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
     return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
