@@ -196,7 +196,7 @@ def loss_curve_section(run: dict) -> str:
     """The mean loss of every other window of steps: the stock model's, how far its curves lie apart, and ours."""
     stock, (ours,) = ([plots.windows(curve) for curve in run["curves"][name]] for name in ("stock", "roberta_fast"))
     lines = []
-    for i in range(1, len(ours), 2):
+    for i in range((len(ours) - 1) % 2, len(ours), 2):
         losses = [curve[i] for curve in stock]
         steps = f"{i * plots.WINDOW + 1}–{(i + 1) * plots.WINDOW}"
         lines.append([steps, f"{statistics.mean(losses):.3f}", f"{statistics.stdev(losses):.3f}", f"{ours[i]:.3f}"])
