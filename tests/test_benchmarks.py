@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import roberta_fast
 from roberta_fast import cli
-from roberta_fast.benchmarks import gpu, measure, operations, peers, report, shapes
+from roberta_fast.benchmarks import comparison, gpu, gpu_stages, measure, operations, peers, report, shapes
 from roberta_fast.benchmarks.parity import Gate
 from roberta_fast.report import stock_clone
 
@@ -103,7 +103,7 @@ class TestMeasure:
 class TestEncoder:
     def test_end_to_end(self, capsys, tmp_path):
         path = tmp_path / "results" / "machine.json"
-        assert bench("--modes", "eval,train,mlm", "--json", str(path)) == 0
+        assert bench("--modes", "eval,train,mlm", "--kernels", "--json", str(path)) == 0
         runs = json.loads(path.read_text())["runs"]
         assert [run["mode"] for run in runs] == ["eval", "train", "mlm"]
         for run in runs:
@@ -113,8 +113,46 @@ class TestEncoder:
             for row in run["rows"]:
                 assert row["tokens_per_s"] == pytest.approx(run["batches"][row["batch"]]["tokens"] / row["seconds"]["median"])
                 assert row["cosine"] > 0.99999 and row["ratio"] > 0
+                if row["batch"] == "ragged":
+                    assert row["kinds"]["products"] > 0 and row["kinds"]["attention"] > 0
+                    assert (row["kinds"]["optimizer"] > 0) == (run["mode"] != "eval")
+                    assert sum(row["kernels"].values()) <= 1.001 * sum(row["kinds"].values())
         printed = capsys.readouterr().out
         assert "`roberta_fast`" in printed and "fine-tuning step" in printed and report.encoder_section(runs[0]) in printed
+
+    def test_decoders(self, capsys, tmp_path):
+        path = tmp_path / "results.json"
+        arguments = [
+            "--peers",
+            "huggingface-eager,onnxruntime,roberta_fast",
+            "--dropout",
+            "0",
+            "--json",
+            str(path),
+            "--dense",
+            "2x8",
+            "--repeats",
+            "1",
+        ]
+        assert bench("--modes", "seq2seq,generate", *arguments) == 0
+        training, generation = json.loads(path.read_text())["runs"]
+        for run in (training, generation):
+            assert {row["peer"] for row in run["rows"]} == {"huggingface-sdpa", "huggingface-eager", "roberta_fast"}
+            assert list(run["absent"]) == ["onnxruntime"]
+        for row in generation["rows"]:
+            new = generation["batches"][row["batch"]]["batch"] * shapes.NEW_TOKENS
+            assert row["tokens_per_s"] == pytest.approx(new / row["seconds"]["median"])
+        printed = capsys.readouterr().out
+        assert "encoder-decoder training step, forward, backward and AdamW, dropout 0" in printed and "new tokens/s" in printed
+        reason = peers.PEERS["huggingface-compile"].reason_against("cpu", "float32", "generate")
+        assert reason == "it is not set up for this: greedy generation"
+
+    def test_every_new_token_is_generated(self):
+        model = shapes.build_model("tiny", mode="generate")
+        batch = dataclasses.replace(shapes.batch_of("ragged", [3, 7], model.config.encoder), decoded=True)
+        contest = comparison.Comparison("tiny", model, "generate", [batch], [peers.OURS], 1)
+        made = contest._step(peers.PEERS[peers.OURS].build(model), batch)()
+        assert made.shape == (2, 1 + shapes.NEW_TOKENS)
 
     @pytest.mark.parametrize("mode", [[], ["--modes", "train"], ["--modes", "mlm"]], ids=["eval", "train", "mlm"])
     def test_a_wrong_weight_leaves_no_number(self, capsys, tmp_path, monkeypatch, mode):
@@ -222,15 +260,29 @@ class TestEncoder:
         assert expected in printed and printed.count("huggingface-eager") == 1
 
     def test_the_unpadded_encoder_computes_the_same(self, tiny):
-        def attend(query, key, value, bounds, _, longest, __):
+        def attend(query, key, value, bounds, _, longest, __, dropout_p):
+            assert dropout_p == 0
             split = [t.transpose(0, 1)[None] for t in (query, key, value)]
             segments = itertools.pairwise(bounds)
             parts = (nn.functional.scaled_dot_product_attention(*(t[:, :, a:b] for t in split)) for a, b in segments)
             return torch.cat([part[0].transpose(0, 1) for part in parts])
 
-        batch = shapes.batch_of("ragged", [3, 17, 9], tiny.config)
-        gate = Gate(tiny, peers.PEERS[peers.BASELINE].build(tiny), batch)
-        gate.check(torch.no_grad()(peers.UnpaddedEncoder(tiny, attend)))
+        for mode in ("eval", "train", "mlm"):
+            model = shapes.build_model("tiny", mode=mode, dropout=0)
+            batch = shapes.batch_of("ragged", [3, 17, 9], model.config)
+            gate = Gate(model, peers.PEERS[peers.BASELINE].build(model), batch, batch.labels(mode))
+            gate.check(peers.Unpadded(model, attend))
+
+    def test_a_step_leaves_the_parameters_that_peers_share(self, tiny):
+        model = shapes.build_model("tiny", mode="train")
+        before = [p.detach().clone() for p in model.parameters()]
+        contest = comparison.Comparison("tiny", model, "train", [shapes.batch_of("dense", [9, 9], model.config)], [peers.OURS], 1)
+        calls = []
+        contest.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        contest.optimizer.register_step_post_hook(lambda *_: calls.append(1))
+        contest._step(peers.PEERS[peers.OURS].build(model), contest.batches[0])()
+        assert calls and contest.optimizer.state[model.classifier.dense.weight]["exp_avg"].abs().max() > 0
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 class TestOperations:
@@ -311,6 +363,20 @@ class TestGpu:
         assert gpu.call(settings(tmp_path), stage, sys.executable, "-c", "import time; time.sleep(60)") == gpu.OUT_OF_TIME
         assert time.monotonic() - start < 10
 
+    def test_parts_are_all_stages(self, tmp_path):
+        stages = gpu.all_stages(settings(tmp_path, tiny=False))
+        assert {stage.part for stage in stages.values()} == set(gpu.PARTS)
+        for kind in [kind for kinds in gpu.KINDS.values() for kind in kinds]:
+            for model in ("roberta-base", "roberta-large", "minilm"):
+                assert f"{model}-{kind}" in stages
+                assert kind in gpu_stages.ENCODER_ARGUMENTS
+
+    def test_no_stage_begins_when_the_time_is_over_and_what_is_there_is_gathered(self, tmp_path):
+        left_by_tests(tmp_path)
+        done = self.dry_run(tmp_path, "--part", "inference", "--minutes", "0")
+        assert done.returncode == 0 and "[tiny-eval] not measured: the time is over" in done.stdout, done.stdout
+        assert "[merge] done" in done.stdout and "tiny-train" not in done.stdout
+
     def test_dry_run_in_short(self, tmp_path):
         left_by_tests(tmp_path)
         done = self.dry_run(tmp_path, "--stages", "limits,merge")
@@ -328,9 +394,9 @@ class TestGpu:
         assert done.returncode == 0 and done.stdout.endswith("all done\n"), done.stdout
         (results,) = (tmp_path / "results").glob("*.json")
         kinds = [(run["kind"], run.get("operation", run.get("mode"))) for run in json.loads(results.read_text())["runs"]]
-        wanted = [("operation", name) for name in ("limits", *gpu.OPERATIONS)] + [
-            ("encoder", mode) for mode in ("eval", "train", "mlm")
-        ]
+        modes = ("eval", "train", "train", "mlm", "mlm", "seq2seq", "generate")  # two of them without dropout as well
+        wanted = [("operation", name) for name in ("limits", *gpu.OPERATIONS)] + [("encoder", mode) for mode in modes]
+        wanted += [("loss_curve", "mlm")] * 2  # in float32 and in bfloat16
         assert sorted(kinds) == sorted(wanted)
 
     @staticmethod
