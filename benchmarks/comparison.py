@@ -21,7 +21,8 @@ class Comparison:
     """One table: peers on a model and its batches, in evaluation or with a training step.
 
     model: the stock model of ``shapes.build_model`` in that mode, on its device, in its dtype. name: what tables call it.
-    title: keeps apart runs that measure the same.
+    title: keeps apart runs that measure the same. dropout: what the model was built with where not as published.
+    profiled: also records what a call on the first batch spends its time in.
     """
 
     def __init__(
@@ -34,12 +35,16 @@ class Comparison:
         repeats: int,
         title: str | None = None,
         commit: str | None = None,
+        dropout: float | None = None,
+        profiled: bool = False,
     ):
         self.name, self.model, self.mode, self.batches, self.repeats = name, model, mode, batches, repeats
-        self.title, self.commit = title, commit
+        self.title, self.commit, self.dropout, self.profiled = title, commit, dropout, profiled
         self.device, self.dtype = model.device.type, str(model.dtype).removeprefix("torch.")
         self.training, self.busy = model.training, measure.busy()
-        self.absent = {p: PEERS[p].reason_against(self.device, self.dtype, self.training) for p in peers}
+        self.optimizer = None
+        drops = getattr(shapes.encoder_config(model.config), "attention_probs_dropout_prob", 0.0)
+        self.absent = {p: PEERS[p].reason_against(self.device, self.dtype, mode, drops) for p in peers}
         self.peers = [p for p in peers if self.absent[p] is None]
 
     def run(self) -> dict:
@@ -57,12 +62,17 @@ class Comparison:
 
             functions = self._build(progress)
             nearness, floors = self._gate(functions, progress)
+            if self.training:
+                # A step of size zero is all of an optimizer's work, and leaves the parameters, which peers share, as they are.
+                self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
             rows = [row for batch in self.batches for row in self._rows(functions, batch, nearness, floors, progress)]
         return {
             "kind": "encoder",
             "title": self.title,
             "model": self.name,
             "mode": self.mode,
+            **({"optimizer": "AdamW"} if self.training else {}),
+            **({} if self.dropout is None else {"dropout": self.dropout}),
             "dtype": self.dtype,
             "environment": environment,
             "busy": self.busy,
@@ -124,7 +134,10 @@ class Comparison:
             pause_seconds=measure.SPIN_SECONDS if self.device == "cpu" else 0.0,
             progress=lambda name: progress(f"time {name}, {batch.name}"),
         )
-        flops = shapes.forward_flops(self.model.config, batch.lengths) * (3 if self.training else 1)
+        generates = self.mode == "generate"
+        tokens = len(batch.lengths) * shapes.NEW_TOKENS if generates else batch.tokens
+        targets = [shapes.NEW_TOKENS] * len(batch.lengths) if generates else None
+        flops = shapes.forward_flops(self.model.config, batch.lengths, targets) * (3 if self.training else 1)
         for name, timing in timings.items():
             near, precision = nearness[name, batch.name], PEERS[name].precision
             yield {
@@ -132,13 +145,14 @@ class Comparison:
                 "peer": name,
                 "precision": precision or self.dtype,
                 "seconds": timing.facts(),
-                "tokens_per_s": batch.tokens / timing.median,
+                "tokens_per_s": tokens / timing.median,
                 "ratio": timing.times_faster(timings[BASELINE]),
                 "tflops": flops / timing.median / 1e12,
                 "peak_bytes": self._peak(name, functions[name], steps[name]),
                 "max_abs": near.max_abs,
                 "cosine": near.cosine,
                 "below_floor": bool(precision) and not near.cosine >= floors[batch.name],
+                **self._kernels(steps[name], batch),
             }
             progress(f"memory of {name}, {batch.name}")
 
@@ -149,8 +163,21 @@ class Comparison:
             function.release()
         return measure.peak_memory(step, self.device)
 
+    def _kernels(self, step, batch):
+        """What one call spends its time in: by kind, and its ten longest kernels."""
+        if not self.profiled or batch is not self.batches[0]:
+            return {}
+        times = measure.kernel_split(step, self.device)
+        kinds = dict.fromkeys((*measure.KERNEL_KINDS, "other"), 0.0)
+        for name, seconds in times.items():
+            kinds[measure.kernel_kind(name)] += seconds
+        return {"kinds": kinds, "kernels": dict(sorted(times.items(), key=lambda item: -item[1])[:10])}
+
     def _step(self, function: Callable, batch: shapes.Batch) -> Callable[[], object]:
         inputs, labels = batch.inputs(), batch.labels(self.mode)
+        if self.mode == "generate":
+            given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "num_beams": 1, "do_sample": False}
+            return lambda: function.generate(**given, min_new_tokens=shapes.NEW_TOKENS, max_new_tokens=shapes.NEW_TOKENS)
         if labels is None:
             return torch.no_grad()(lambda: function(**inputs)[0])
 
@@ -158,6 +185,7 @@ class Comparison:
             clear_gradients(self.model.parameters())
             loss = function(**inputs, labels=labels)[0]
             loss.backward()
+            self.optimizer.step()
             return loss
 
         return step

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,7 +62,10 @@ def _parser():
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="default: float32; bfloat16 on cuda")
     add("--repeats", type=positive, default=7, help="rounds, each peer once a round (default: 7)")
-    add("--modes", type=_modes, default=("eval",), help="any of eval, train (a fine-tuning step), mlm (one of pretraining)")
+    modes = ", ".join(f"{mode} ({what})" for mode, what in shapes.MODES.items())
+    add("--modes", type=_modes, default=("eval",), help=f"any of {modes}; default: the first")
+    add("--dropout", type=_probability, help="all dropout probabilities of the model (default: as it has them)")
+    add("--kernels", action="store_true", help="also what a call spends its time in, by kind of kernel")
     add("--scaling", action="store_true", help=f"instead: time against real tokens, padding, and length to {LONGEST}")
     add("--json", type=Path, help="write the results there, in place of earlier ones of the same kind")
     add("--save", action="store_true", help="write them to benchmarks/results, under this machine's name, and draw the plots")
@@ -84,20 +88,21 @@ def _prepare(args) -> list[Comparison]:
         return [_scaling(args, device, dtype, peers if args.peers else scaling.peers(device))]
     args.model = args.model or "roberta-base"
     models = {
-        mode: _argument("--model", lambda name, mode=mode: shapes.build_model(name, mode=mode), args.model) for mode in args.modes
+        mode: _argument("--model", lambda name, m=mode: shapes.build_model(name, mode=m, dropout=args.dropout), args.model)
+        for mode in args.modes
     }
     count, longest = args.batch_size or (256 if on_gpu else 32), args.longest or (256 if on_gpu else 92)
     comparisons = []
     for mode, model in models.items():
-        ragged = _ragged(args, model.config, count, longest)
-        batches = [
-            ragged,
-            *_argument("--dense", lambda s, m=model: _dense(s, m.config), args.dense or _fitting(DENSE[device], model.config)),
-        ]
+        config = shapes.encoder_config(model.config)
+        sizes = args.dense or _fitting(DENSE[device], config)
+        batches = [_ragged(args, config, count, longest), *_argument("--dense", lambda s, c=config: _dense(s, c), sizes)]
         if mode == "eval":
-            batches.append(shapes.batch_of(LATENCY, [LATENCY_LENGTH], model.config))
+            batches.append(shapes.batch_of(LATENCY, [LATENCY_LENGTH], config))
         model, batches = model.to(device, dtype), [batch.to(device) for batch in batches]
-        comparisons.append(Comparison(args.model, model, mode, batches, peers, args.repeats, args.title, args.commit))
+        batches = [replace(batch, decoded=model.config.is_encoder_decoder) for batch in batches]
+        rest = args.repeats, args.title, args.commit, args.dropout, args.kernels
+        comparisons.append(Comparison(args.model, model, mode, batches, peers, *rest))
     return comparisons
 
 
@@ -163,6 +168,13 @@ def _modes(text):
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(shapes.MODES)}")
     return modes
+
+
+def _probability(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 0 on and below 1")
+    return value
 
 
 def _integers(text):

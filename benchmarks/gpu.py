@@ -3,7 +3,8 @@
 ``python benchmarks/gpu.py --out DIR`` runs its stages in turn, each in processes of its own and under a time limit: install (into
 a virtual environment that sees the installed torch), tests (every operation on the GPU), then the measurements. A stage writes
 DIR/<stage>.json and .log, so that a later failure loses nothing, and is not measured where its tests are red; ``merge`` gathers
-all of DIR into benchmarks/results. ``--stages`` runs some of them, on what earlier ones left in DIR.
+all of DIR into benchmarks/results. ``--stages`` runs some of them, on what earlier ones left in DIR, and ``--part`` one of three
+groups of them, which with ``--minutes 10`` ends in that time: ``check``, which comes first, ``inference``, ``training``.
 ``--device cpu --tiny`` tries out every line on a machine without a GPU.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import site
 import subprocess
@@ -19,11 +21,16 @@ import time
 import venv
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "roberta_fast", "kernels", "csrc", "tests")
+KINDS = {
+    "inference": ("eval", "generate", "autotune"),
+    "training": ("train", "mlm", "train-no-dropout", "mlm-no-dropout", "seq2seq"),
+}
+PARTS = ("check", *KINDS)
 OPERATIONS = ("linear", "attention", "add_layer_norm", "linear_gelu", "feed_forward", "cross_entropy", "pack")
 ANY = "any"
 NO_TESTS, OUT_OF_TIME = 5, 124  # pytest's exit status, and that of the command timeout
@@ -41,6 +48,7 @@ class Stage:
     limit: int
     needs: tuple[str, ...] = ()
     name: str = ""
+    part: str = "check"
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class Settings:
     tiny: bool
     quick: bool
     commit: str | None
+    text: Path | None = None
+    deadline: float = math.inf  # of time.monotonic(); only what is there is gathered after it
 
     @property
     def python(self) -> Path:
@@ -75,7 +85,8 @@ def call(settings: Settings, stage: Stage, *command: object, **environment: str)
             start_new_session=True,
         )
         try:
-            status = process.wait(stage.limit)
+            left = math.inf if stage.name == "merge" else settings.deadline - time.monotonic()
+            status = process.wait(max(0.0, min(stage.limit, left)))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.wait()
@@ -165,7 +176,8 @@ def measured(*arguments: str) -> Callable[[Settings, Stage], int]:
         out = settings.out / f"{stage.name}.json"
         sizes = "tiny" if settings.tiny else "quick" if settings.quick else "cuda"
         commit = ("--commit", settings.commit) if settings.commit else ()
-        common = ("--out", out, "--device", settings.device, "--sizes", sizes, *commit)
+        text = ("--text", settings.text) if settings.text else ()
+        common = ("--out", out, "--device", settings.device, "--sizes", sizes, *commit, *text)
         return call(settings, stage, settings.python, "-P", script, *arguments, *common)
 
     return run
@@ -182,24 +194,32 @@ def all_stages(settings: Settings) -> dict[str, Stage]:
     stages = {"install": Stage(install, 540), "tests": Stage(tests, 240), "limits": Stage(measured("limits"), 60)}
     stages |= {name: Stage(measured("operation", name), 240, (name,)) for name in OPERATIONS}
     models = ["tiny"] if settings.tiny else ["roberta-base"] if settings.quick else ["roberta-base", "minilm", "roberta-large"]
-    kinds = ("eval", "train") if settings.quick or settings.tiny else ("eval", "train", "autotune")
-    for kind in kinds:
-        for model in models:
-            stages[f"{model}-{kind}"] = Stage(measured("encoder", model, kind), 560 if kind == "autotune" else 400, (ANY,))
+    for model in models:
+        for part, kinds in KINDS.items():
+            for kind in kinds:
+                if kind in ("eval", "train", "mlm") or not (settings.quick or (settings.tiny and kind == "autotune")):
+                    limit = 560 if kind == "autotune" else 400
+                    stages[f"{model}-{kind}"] = Stage(measured("encoder", model, kind), limit, (ANY,), part=part)
+    stages["loss_curve"] = Stage(measured("loss_curve"), 400, (ANY,), part="training")
     stages["merge"] = Stage(merge, 60)
-    return {name: Stage(s.run, s.limit, s.needs, name) for name, s in stages.items()}
+    return {name: replace(stage, name=name) for name, stage in stages.items()}
 
 
 def main() -> int:
     """Runs the chosen stages; returns 1 where one of them failed or was red."""
-    settings, chosen = parse()
+    settings, chosen, part = parse()
     stages, failed, ran = all_stages(settings), [], set()
+    if part:
+        chosen = [name for name, stage in stages.items() if part == stage.part or name == "merge"]
     unknown = [name for name in chosen or () if name not in stages]
     if unknown:
         sys.exit(f"gpu.py: argument --stages: {unknown[0]!r} is not one of {', '.join(stages)}")
     settings.out.mkdir(parents=True, exist_ok=True)
     for name in chosen or stages:
         stage, start = stages[name], time.monotonic()
+        if name != "merge" and start > settings.deadline:
+            print(f"[{name}] not measured: the time is over", flush=True)
+            continue
         for leftover in (f"{name}.json", f"{name}.log"):
             (settings.out / leftover).unlink(missing_ok=True)
         reason = red_reason(settings, stage, "tests" in ran)
@@ -221,12 +241,15 @@ def show(settings: Settings, name: str, status: int) -> None:
     print("\n".join(f"  {line}" for line in printed), flush=True)
 
 
-def parse() -> tuple[Settings, list[str] | None]:
-    """The settings, and the names of the stages to run, None for all."""
+def parse() -> tuple[Settings, list[str] | None, str | None]:
+    """The settings, the names of the stages to run, None for all, and the part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="the folder for results and logs")
     add("--stages", help="comma-separated; all by default")
+    add("--part", choices=PARTS, help="instead: one of three groups of stages")
+    add("--minutes", type=float, default=math.inf, help="end in this time, with what was measured by then")
+    add("--text", type=Path, help="a file of texts, one a line, for the loss curves")
     add("--quick", action="store_true", help="few sizes, roberta-base alone")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--tiny", action="store_true", help="tiny sizes, to try out the script")
@@ -236,8 +259,18 @@ def parse() -> tuple[Settings, list[str] | None]:
     args = parser.parse_args()
     out = args.out.resolve()
     results = args.results or (out / "results" if args.tiny else ROOT / "benchmarks" / "results")
-    settings = Settings(out, args.venv.absolute(), results.resolve(), args.device, args.tiny, args.quick, args.commit)
-    return settings, args.stages.split(",") if args.stages else None
+    settings = Settings(
+        out=out,
+        venv=args.venv.absolute(),
+        results=results.resolve(),
+        device=args.device,
+        tiny=args.tiny,
+        quick=args.quick,
+        commit=args.commit,
+        text=args.text and args.text.resolve(),
+        deadline=time.monotonic() + 60 * args.minutes,
+    )
+    return settings, args.stages.split(",") if args.stages else None, args.part
 
 
 if __name__ == "__main__":

@@ -11,12 +11,24 @@ import torch
 from roberta_fast.benchmarks import measure, operations, report, shapes
 
 LIMITS_GEMM = 8192
+UNPADDED = "huggingface-sdpa,torch-varlen,flash-attn,roberta_fast"
+ALL = f"{UNPADDED},huggingface-eager,huggingface-compile"
+DECODER = ["--peers", ALL, "--batch-size", "64", "--longest", "128", "--dense", "64x128"]
 ENCODER_ARGUMENTS = {
-    "eval": ["--peers", "huggingface-sdpa,huggingface-eager,huggingface-compile,torch-varlen,roberta_fast"],
-    "train": ["--peers", "huggingface-sdpa,huggingface-eager,huggingface-compile,roberta_fast", "--modes", "train,mlm"]
-    + ["--batch-size", "128", "--longest", "256", "--dense", "128x128"],
+    "eval": ["--peers", ALL],
+    "train": ["--peers", ALL],
+    "mlm": ["--peers", ALL],
+    "train-no-dropout": ["--peers", UNPADDED, "--dropout", "0"],
+    "mlm-no-dropout": ["--peers", UNPADDED, "--dropout", "0"],
+    "seq2seq": DECODER,
+    "generate": DECODER,
     "autotune": ["--peers", "huggingface-sdpa,huggingface-compile-max-autotune,roberta_fast", "--title", "max-autotune"]
     + ["--dense", "256x128"],
+}
+# The model one precision up, which the gate compares with, has to fit beside its activations.
+TRAINING_BATCHES = {
+    "roberta-large": ["--batch-size", "32", "--longest", "256", "--dense", "32x128,8x512"],
+    "other": ["--batch-size", "128", "--longest", "256", "--dense", "128x128,32x512"],
 }
 TINY_ARGUMENTS = ["--batch-size", "4", "--longest", "20", "--dense", "2x16", "--repeats", "2"]
 
@@ -61,8 +73,20 @@ def encode(args) -> None:
 
     tiny = [*TINY_ARGUMENTS, "--peers", "huggingface-sdpa,roberta_fast"] if args.sizes == "tiny" else []
     commit = ["--commit", args.commit] if args.commit else []
-    common = ["--model", args.name, "--device", args.device, "--json", str(args.out), *commit]
-    sys.exit(encoder.run([*ENCODER_ARGUMENTS[args.kind], *common, *tiny]))
+    mode = "eval" if args.kind == "autotune" else args.kind.partition("-")[0]
+    batches = TRAINING_BATCHES.get(args.name, TRAINING_BATCHES["other"]) if mode in ("train", "mlm") else []
+    common = ["--model", args.name, "--modes", mode, "--device", args.device, "--kernels", "--json", str(args.out), *commit]
+    sys.exit(encoder.run([*batches, *ENCODER_ARGUMENTS[args.kind], *common, *tiny]))
+
+
+def loss_curve(args) -> None:
+    """200 steps on real text, in every precision that the device has."""
+    from roberta_fast.benchmarks import loss_curve
+
+    tiny = ["--model", "tiny", "--steps", "25", "--seeds", "2"] if args.sizes == "tiny" else ["--model", "minilm"]
+    text = ["--text", args.text] if args.text else []
+    commit = ["--commit", args.commit] if args.commit else []
+    sys.exit(loss_curve.main(["--device", args.device, "--json", str(args.out), *text, *tiny, *commit]))
 
 
 def write(args, name, records) -> None:
@@ -79,6 +103,7 @@ def main() -> None:
         ("limits", limits, ()),
         ("operation", operation, ("name",)),
         ("encoder", encode, ("name", "kind")),
+        ("loss_curve", loss_curve, ()),
     ):
         stage = stages.add_parser(name)
         stage.set_defaults(function=function)
@@ -88,6 +113,7 @@ def main() -> None:
         stage.add_argument("--device", default="cuda")
         stage.add_argument("--sizes", default="cuda", choices=tuple(shapes.OPERATION_SIZES))
         stage.add_argument("--commit")
+        stage.add_argument("--text", type=Path)
     args = parser.parse_args()
     args.function(args)
 

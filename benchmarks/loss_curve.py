@@ -82,7 +82,12 @@ def masked_batches(
     encoded = tokenizer(chosen, truncation=True, max_length=longest, return_special_tokens_mask=True)
     rows = [{name: values[i] for name, values in encoded.items()} for i in range(len(chosen))]
     collate = DataCollatorForLanguageModeling(tokenizer, seed=0)
-    batches = (collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
+
+    def masked(rows):
+        batch = collate(rows)
+        return batch if (batch["labels"] != -100).any() else masked(rows)  # the mean of no loss is no number
+
+    batches = (masked(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
     return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
@@ -98,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--text", type=Path, default=SENTENCES, help="a file of texts, one a line (default: a few sentences, over and over)")
-    add("--model", default="minilm", help=f"a checkpoint folder, or one of {', '.join(shapes.MODELS)} (random weights)")
+    add("--model", default="mini", help=f"a checkpoint folder, or one of {', '.join(shapes.MODELS)} (random weights)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precisions", help=f"any of {','.join(PRECISIONS)} (default: the first two; all on cuda)")
     add("--steps", type=positive, default=200, help="whole windows of 25 (default: 200)")
@@ -116,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps % WINDOW or args.seeds < 2:
         parser.error(f"argument --steps: a multiple of {WINDOW}" if args.steps % WINDOW else "argument --seeds: at least 2")
     environment, busy = measure.environment(args.device, args.commit), measure.busy()  # of the source as it was loaded
-    model, texts = shapes.build_model(args.model, mode="mlm").to(args.device), lines_of(args.text)
+    model = shapes.build_model(args.model, mode="mlm").to(args.device)
+    texts = lines_of(args.text)[: args.steps * args.batch_size]
     learned = args.model in shapes.MODELS
     tokenizer = byte_level_bpe(texts, model.config.vocab_size) if learned else AutoTokenizer.from_pretrained(args.model)
     batches = masked_batches(texts, tokenizer, args.steps, args.batch_size, args.longest, args.device)

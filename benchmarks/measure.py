@@ -24,6 +24,15 @@ L2_FLUSH_BYTES = 256 << 20  # several times the largest L2 of the GPUs that this
 # NVIDIA's datasheets, without sparsity. "H100" is the SXM part.
 HALF_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
+# What a kernel's name says, in the order in which it is asked.
+KERNEL_KINDS = {
+    "optimizer": r"adam|multi_tensor_apply",
+    "loss": r"cross_entropy|nll_loss|log_?softmax",
+    "attention": r"attention|attn|flash|fmha|softmax|varlen",
+    "norms": r"layer_?norm",
+    "products": r"gemm|cutlass|cublas|nvjet|xmma|linear|feed_forward|mm\b|dnnl|mkl",
+}
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -158,6 +167,28 @@ def peak_memory(function: Callable[[], object], device: str) -> int | None:
         return None
     del result
     return max(0, peak - before)
+
+
+def kernel_split(function: Callable[[], object], device: str) -> dict[str, float]:
+    """Seconds of one call, the second one, by kernel on CUDA and by PyTorch's operation on a CPU, named by at most 80 letters."""
+    activity = torch.profiler.ProfilerActivity
+    function()
+    with torch.profiler.profile(activities=[activity.CUDA if device == "cuda" else activity.CPU]) as profile:
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    times = {}
+    for event in profile.key_averages():
+        seconds = getattr(event, field) / 1e6
+        if seconds and not event.is_user_annotation:  # which lies around kernels that are listed themselves
+            times[event.key[:80]] = times.get(event.key[:80], 0.0) + seconds
+    return times
+
+
+def kernel_kind(name: str) -> str:
+    """Which of ``KERNEL_KINDS`` a kernel is, by its name; ``"other"`` where none."""
+    return next((kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def _status_bytes(field: str) -> int:

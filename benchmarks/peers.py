@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 import roberta_fast
+from roberta_fast.benchmarks import shapes
 from roberta_fast.benchmarks.exported_peers import CTranslate2, OnnxRuntime, OpenVino, SentenceTransformers
 from roberta_fast.families import layer_parts
 from roberta_fast.report import stock_clone
@@ -30,7 +32,8 @@ class Peer:
     build: from the stock model to the function that is measured; raises ``Unsuited`` for a model that it does not serve.
     needs: modules that it imports. calibrated: build also takes a batch, whose values set its scales.
     precision: what it computes in where that is less than the model's dtype; it is then held to another rule (``parity.py``).
-    devices: torch device types that it runs on. trains: whether gradients flow through it, with the model's own dropout.
+    devices: torch device types that it runs on. modes: those of ``shapes.MODES`` that it serves. drops: whether it has dropout of
+    attention's probabilities, without which it cannot train a model that has.
     dtypes: names of the dtypes that it computes in; None for all. default: part of a run that names no peers.
     compiled: it reuses buffers of its own, so that its memory cannot be read off one call.
     """
@@ -40,13 +43,17 @@ class Peer:
     calibrated: bool = False
     precision: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
-    trains: bool = True
+    modes: tuple[str, ...] = tuple(shapes.MODES)
+    drops: bool = True
     dtypes: tuple[str, ...] | None = None
     default: bool = True
     compiled: bool = False
 
-    def reason_against(self, device: str, dtype: str, training: bool) -> str | None:
-        """Why it cannot take part, with the command that changes it where there is one; None if it can."""
+    def reason_against(self, device: str, dtype: str, mode: str = "eval", dropout: float = 0.0) -> str | None:
+        """Why it cannot take part, with the command that changes it where there is one; None if it can.
+
+        dropout: the model's probability of dropping attention's probabilities.
+        """
         missing = [name for name in self.needs if _missing(name)]
         if missing:
             names = [_PACKAGES.get(name, name) for name in missing]
@@ -55,13 +62,19 @@ class Peer:
             return f"it runs on {', '.join(self.devices)}, not on {device}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it computes in {', '.join(self.dtypes)}, not in {dtype}"
-        if training and not self.trains:
-            return "it does not train with this model's dropout"
+        if mode not in self.modes:
+            return f"it is not set up for this: {shapes.MODES[mode]}"
+        if mode in shapes.TRAINING and dropout and not self.drops:
+            return "it has no dropout of attention's probabilities, which --dropout 0 does without"
         return None
 
 
 # Packages that go by another name than their module.
-_PACKAGES = {"torch.nn.attention.varlen": "'torch>=2.11'", "sentence_transformers": "sentence-transformers"}
+_PACKAGES = {
+    "flash_attn": "flash-attn",
+    "torch.nn.attention.varlen": "'torch>=2.11'",
+    "sentence_transformers": "sentence-transformers",
+}
 
 
 def _missing(module: str) -> bool:
@@ -86,63 +99,83 @@ def _ours(model: nn.Module, **options) -> Callable:
     return roberta_fast.accelerate_model(stock_clone(model), on_unsupported="error", **options)
 
 
-def _unpadded(model: nn.Module) -> Callable:
+def _varlen(model: nn.Module) -> Callable:
     from torch.nn.attention.varlen import varlen_attn
 
-    return UnpaddedEncoder(model, varlen_attn)
+    return Unpadded(model, lambda *arguments, dropout_p: varlen_attn(*arguments))
 
 
-class UnpaddedEncoder:
-    """The encoder on real tokens only, in plain PyTorch calls: what one writes around an unpadded attention in an afternoon.
+def _flash_attn(model: nn.Module) -> Callable:
+    from flash_attn import flash_attn_varlen_func
 
-    attend: (query, key, value [T, H, D], cu_seqlens, cu_seqlens, longest, longest) to [T, H, D].
-    """
+    return Unpadded(model, flash_attn_varlen_func)
+
+
+class Unpadded(nn.Module):
+    """The model with its layers on real tokens only, in plain PyTorch calls: what one writes around an unpadded attention in an
+    afternoon. attend: as ``flash_attn.flash_attn_varlen_func``."""
 
     def __init__(self, model: nn.Module, attend: Callable):
-        self._embeddings, self._attend = model.embeddings, attend
-        self._layers = [self._parameters(layer_parts(layer)) for layer in model.encoder.layer]
+        super().__init__()
+        self.model = stock_clone(model)
+        base = self.model.base_model
+        base.encoder = self.encoder = _UnpaddedEncoder(base.encoder.layer, attend)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **labels: torch.Tensor):
+        self.encoder.mask = attention_mask
+        return self.model(input_ids=input_ids, **labels)
+
+
+class _UnpaddedEncoder(nn.Module):
+    def __init__(self, layers, attend):
+        super().__init__()
+        self.layers, self.attend, self.mask = layers, attend, None
+        with torch.no_grad():
+            self.projections = [self._projection(layer_parts(layer)) for layer in layers]
 
     @staticmethod
-    def _parameters(parts):
+    def _projection(parts):
         projections = (parts.query, parts.key, parts.value)
-        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
-        return parts, weight.detach(), bias.detach()
+        return torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
 
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
-        padded = self._embeddings(input_ids=input_ids)
-        indices = attention_mask.flatten().nonzero().squeeze(1)
-        lengths = attention_mask.sum(1, dtype=torch.int32)
-        bounds, longest = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), input_ids.shape[1]
-        rows = padded.flatten(0, 1)[indices]
-        for parts, weight, bias in self._layers:
+    def forward(self, hidden_states, *args, **kwargs):
+        indices = self.mask.flatten().nonzero().squeeze(1)
+        lengths = self.mask.sum(1, dtype=torch.int32)
+        bounds, longest = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), self.mask.shape[1]
+        rows = hidden_states.flatten(0, 1)[indices]
+        for layer, projection in zip(self.layers, self.projections, strict=True):
+            parts = layer_parts(layer)
+            weight, bias = self._projection(parts) if torch.is_grad_enabled() else projection
             heads = (3, parts.attention.num_attention_heads, parts.attention.attention_head_size)
             query, key, value = F.linear(rows, weight, bias).view(-1, *heads).unbind(1)
-            context = self._attend(query, key, value, bounds, bounds, longest, longest)
-            rows = parts.attention_norm(parts.attention_output(context.flatten(1)) + rows)
-            rows = parts.output_norm(parts.output(parts.activation(parts.intermediate(rows))) + rows)
-        result = torch.zeros_like(padded)
-        result.view(-1, padded.shape[-1])[indices] = rows
-        return (result,)
+            p = parts.attention_dropout.p if parts.attention_dropout.training else 0.0
+            context = self.attend(query, key, value, bounds, bounds, longest, longest, dropout_p=p)
+            rows = parts.attention_norm(parts.attention_output_dropout(parts.attention_output(context.flatten(1))) + rows)
+            expanded = parts.output(parts.activation(parts.intermediate(rows)))
+            rows = parts.output_norm(parts.output_dropout(expanded) + rows)
+        flat = torch.zeros_like(hidden_states).flatten(0, 1)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=flat.index_copy(0, indices, rows).view_as(hidden_states)
+        )
 
 
-_RUNTIME = functools.partial(Peer, devices=("cpu",), trains=False, dtypes=("float32",))
+_COMPILED = tuple(mode for mode in shapes.MODES if mode != "generate")  # generate() would call what was not compiled
+_RUNTIME = functools.partial(Peer, devices=("cpu",), modes=("eval",), dtypes=("float32",))
+_UNPADDED = functools.partial(Peer, devices=("cuda",), modes=("eval", "train", "mlm"), dtypes=("float16", "bfloat16"))
 
 PEERS = {
     BASELINE: Peer(functools.partial(_huggingface, attention="sdpa")),
     "huggingface-eager": Peer(functools.partial(_huggingface, attention="eager")),
-    "huggingface-compile": Peer(functools.partial(_compiled, mode="default"), default=False),
-    "huggingface-compile-max-autotune": Peer(functools.partial(_compiled, mode="max-autotune"), default=False, compiled=True),
+    "huggingface-compile": Peer(functools.partial(_compiled, mode="default"), modes=_COMPILED, default=False),
+    "huggingface-compile-max-autotune": Peer(
+        functools.partial(_compiled, mode="max-autotune"), modes=_COMPILED, default=False, compiled=True
+    ),
     "huggingface-compile-reduce-overhead": Peer(
-        functools.partial(_compiled, mode="reduce-overhead"), devices=("cuda",), default=False, compiled=True
+        functools.partial(_compiled, mode="reduce-overhead"), devices=("cuda",), modes=_COMPILED, default=False, compiled=True
     ),
-    "sentence-transformers": Peer(SentenceTransformers, needs=("sentence_transformers",), trains=False, default=False),
-    "torch-varlen": Peer(
-        _unpadded,
-        needs=("torch.nn.attention.varlen",),
-        devices=("cuda",),
-        trains=False,
-        dtypes=("float16", "bfloat16"),
-    ),
+    "sentence-transformers": Peer(SentenceTransformers, needs=("sentence_transformers",), modes=("eval",), default=False),
+    "torch-varlen": _UNPADDED(_varlen, needs=("torch.nn.attention.varlen",), drops=False),
+    "flash-attn": _UNPADDED(_flash_attn, needs=("flash_attn",)),
     "onnxruntime": _RUNTIME(OnnxRuntime, needs=("onnxruntime", "onnx")),
     "openvino": _RUNTIME(OpenVino, needs=("openvino",)),
     "ctranslate2": _RUNTIME(functools.partial(CTranslate2, compute_type="float32"), needs=("ctranslate2",)),

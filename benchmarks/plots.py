@@ -14,6 +14,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+from roberta_fast.benchmarks import shapes
+
 OURS = "roberta_fast"
 COLOURS = {
     "huggingface": "#8c8c8c",
@@ -125,8 +127,8 @@ def _peers(runs):
         batch = next(iter(run["batches"]))
         rows = [row for row in run["rows"] if row["batch"] == batch]
         for place, row in enumerate(rows):
-            tokens, speed = run["batches"][batch]["tokens"], row["tokens_per_s"]
-            low, high = (tokens / row["seconds"][percentile] for percentile in ("p80", "p20"))
+            speed, seconds = row["tokens_per_s"], row["seconds"]
+            low, high = (speed * seconds["median"] / seconds[percentile] for percentile in ("p80", "p20"))
             panel.barh(place, speed, color=_colour(row["peer"]), alpha=1.0 if _is_ours(row["peer"]) else 0.75)
             panel.errorbar(speed, place, xerr=[[max(0, speed - low)], [max(0, high - speed)]], color="black", capsize=2, lw=0.8)
             mark = "  below its cosine" if row.get("below_floor") else ""
@@ -138,8 +140,7 @@ def _peers(runs):
         panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.set_xlabel("real tokens a second, and times Hugging Face's")
-        mode = {"eval": "inference", "train": "fine-tuning step", "mlm": "masked-LM step"}[run["mode"]]
-        panel.set_title(f"{run['model']}, {mode}, {batch} batch", fontsize=11)
+        panel.set_title(f"{run['model']}, {shapes.MODES[run['mode']]}, {batch} batch", fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(_where(runs[0]), fontsize=8, color="#555555")
     return figure

@@ -4,8 +4,8 @@
 paragraph a line, 1% of it for validation, and trains as the flags say; those behind ``--`` go to ``roberta-fast pretrain`` as
 they are. What an interrupted call has left in DIR is taken up by the same one. The model stays in DIR/model.
 
-With ``--task_train FILE --task_validation FILE`` (sentences and labels) it is also fine-tuned, beside the same shape from random
-parameters, with equal seeds and flags.
+With ``--ner_train FILE --ner_validation FILE`` (CoNLL) it also learns to recognize named entities, beside the same shape from
+random parameters, with equal seeds and flags.
 """
 
 import argparse
@@ -42,12 +42,11 @@ FLAGS = {
     "logging_steps": "0.01",
     "disable_tqdm": "True",
 }
-# Of a classifier made of it.
-TASK_FLAGS = {
-    "learning_rate": 3e-4,
+# Of a model of named entities made of it.
+NER_FLAGS = {
+    "learning_rate": 5e-4,
     "tokens_per_batch": 512,
-    "num_train_epochs": 2,
-    "max_train_samples": 10_000,
+    "num_train_epochs": 6,
     "eval_strategy": "no",
     "save_strategy": "no",
     "load_best_model_at_end": False,
@@ -72,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="where corpus and model go")
     parser.add_argument("--steps", type=int, default=9_000, help="optimizer steps; a sixth of them on shorter blocks")
     parser.add_argument("--json", type=Path, help="where the record goes, benchmarks/results/pretrain.json say")
-    parser.add_argument("--task_train", help="a table with the columns sentence and label, to fine-tune on")
-    parser.add_argument("--task_validation", help="another, to evaluate on")
+    parser.add_argument("--ner_train", help="tokens and their tags, to fine-tune on")
+    parser.add_argument("--ner_validation", help="others, to evaluate on")
     parser.add_argument("flags", nargs="*", help="flags of roberta-fast pretrain, behind --")
     options = parser.parse_args(argv)
     corpus, model = options.work / "corpus", options.work / "model"
@@ -92,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     record = record_of(model, corpus, [*train, *options.flags], [Path(text).name for text in options.text])
     for sentence, words in record["filled"].items():
         print(f"{sentence}  {', '.join(words)}")
-    if options.task_train:
-        record["task"] = task_record(model, options.work / "task", options.task_train, options.task_validation)
+    if options.ner_train:
+        record["ner"] = ner_record(model, options.work / "ner", options.ner_train, options.ner_validation)
     if options.json:
         write_json(options.json, record)
         print(f"written: {options.json}")
@@ -122,8 +121,8 @@ def record_of(model: Path, corpus: Path, flags: list[str], texts: list[str]) -> 
     }
 
 
-def task_record(model: Path, work: Path, train: str, validation: str) -> dict:
-    """Accuracies of a classifier from ``model`` and from random parameters, one a seed, and what they differ by."""
+def ner_record(model: Path, work: Path, train: str, validation: str) -> dict:
+    """F1 of entities, one a seed, of a tagger from ``model`` and of one from random parameters, and what they differ by."""
     starts = {
         "pretrained": {"model_name_or_path": str(model)},
         "random": {"config_name": str(model), "tokenizer_name": str(model)},
@@ -131,13 +130,12 @@ def task_record(model: Path, work: Path, train: str, validation: str) -> dict:
     files, scores = {"train_file": train, "validation_file": validation}, {name: [] for name in starts}
     for seed in SEEDS:
         for name, start in starts.items():
-            output = str(work / f"{name}-{seed}")
-            result = finetune("classification", **start, **files, **TASK_FLAGS, seed=seed, output_dir=output)
-            scores[name].append(result.metrics["eval_accuracy"])
-            print(f"{name}, seed {seed}: accuracy {scores[name][-1]:.4f}", flush=True)
+            result = finetune("ner", **start, **files, **NER_FLAGS, seed=seed, output_dir=str(work / f"{name}-{seed}"))
+            scores[name].append(result.metrics["eval_f1"])
+            print(f"{name}, seed {seed}: F1 {scores[name][-1]:.4f}", flush=True)
     names = [Path(file).name for file in (train, validation)]
     gains = [after - before for after, before in zip(scores["pretrained"], scores["random"], strict=True)]
-    return {"files": names, "flags": TASK_FLAGS, "seeds": SEEDS, "accuracy": scores, "mean_gain": statistics.fmean(gains)}
+    return {"files": names, "flags": NER_FLAGS, "seeds": SEEDS, "f1": scores, "mean_gain": statistics.fmean(gains)}
 
 
 if __name__ == "__main__":

@@ -20,11 +20,6 @@ IMAGES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 DEVICES = ("cpu", "cuda")
 LATENCY = "latency"
-MODES = {
-    "eval": "inference",
-    "train": "fine-tuning step, forward and backward",
-    "mlm": "masked-language-model step, forward and backward",
-}
 
 
 def run(argv: list[str], readme: Path = ROOT / "README.md") -> int:
@@ -103,7 +98,7 @@ def render(text: str, runs: list[dict]) -> str:
 
 def key(run: dict) -> tuple:
     """What a run measured: a newer one with the same key takes its place."""
-    fields = ("kind", "title", "model", "mode", "dtype", "operation")
+    fields = ("kind", "title", "model", "mode", "dtype", "operation", "dropout")
     batches = json.dumps(run.get("batches"), sort_keys=True)
     return *(run.get(field) for field in fields), batches, run["environment"]["machine"], run["environment"]["threads"]
 
@@ -120,8 +115,9 @@ def encoder_section(run: dict) -> str:
     batches = [name for name in run["batches"] if name != LATENCY]
     peak, latency = run.get("peak_tflops"), LATENCY in run["batches"]
     head = ["peer"]
+    unit = "new tokens/s" if run["mode"] == "generate" else "real tokens/s"
     for name in batches:
-        head += [f"{name}: real tokens/s", "ratio", *(["MFU"] if peak else [])]
+        head += [f"{name}: {unit}", "ratio", *(["MFU"] if peak else [])]
     head += [*(["batch 1: ms"] if latency else []), "peak MiB", "max\\|Δ\\|", "cosine"]
     lines = []
     for peer in dict.fromkeys(row["peer"] for row in run["rows"]):
@@ -134,15 +130,24 @@ def encoder_section(run: dict) -> str:
         cells += [f"{rows[LATENCY]['seconds']['median'] * 1e3:.2f}"] if latency else []
         memory = "–" if first["peak_bytes"] is None else f"{first['peak_bytes'] / 2**20:,.0f}"
         lines.append([*cells, memory, f"{first['max_abs']:.1e}", f"{first['cosine']:.7f}"])
-    mode = MODES[run["mode"]]
+    mode = shapes.MODES[run["mode"]]
+    if run["mode"] in shapes.TRAINING:
+        mode += f", forward, backward and {run['optimizer']}" if "optimizer" in run else ", forward and backward"
+    mode += f", dropout {run['dropout']:g}" if "dropout" in run else ""
     described = "; ".join(f"{name} {_batch(facts)}" for name, facts in run["batches"].items() if name != LATENCY)
-    compared = "hidden states" if run["mode"] == "eval" else "gradients"
+    compared = {"eval": "hidden states", "generate": "logits of given texts"}.get(run["mode"], "gradients")
     notes = [f"Peak memory, max\\|Δ\\| and cosine ({compared}, against the first row) are those of the {batches[0]} batch."]
     notes += [f"batch 1: one text of {run['batches'][LATENCY]['seqlen']} tokens."] if latency else []
     if floor := run.get("floors", {}).get(batches[0]):
         notes += [f"In 8 bits a cosine of {floor:.5f} is asked for; ✗ marks peers that miss it in a batch."]
     title = f"**{run['model']}, {mode}, {run['dtype']}**" + (f", {run['title']}" if run.get("title") else "")
-    return f"{title} ({described})  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{_notes(run, notes)}"
+    text = f"{title} ({described})  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{_notes(run, notes)}"
+    profiled = [row for row in run["rows"] if "kinds" in row]
+    if profiled:
+        head = ["peer", *(f"{kind}, ms" for kind in profiled[0]["kinds"])]
+        lines = [[f"`{row['peer']}`", *(f"{seconds * 1e3:,.2f}" for seconds in row["kinds"].values())] for row in profiled]
+        text += f"\n\nWhat a call on the {batches[0]} batch spends its time in:\n\n{_table(head, lines)}"
+    return text
 
 
 def scaling_section(run: dict) -> str:
@@ -191,7 +196,7 @@ def loss_curve_section(run: dict) -> str:
     """The mean loss of every other window of steps: the stock model's, how far its curves lie apart, and ours."""
     stock, (ours,) = ([plots.windows(curve) for curve in run["curves"][name]] for name in ("stock", "roberta_fast"))
     lines = []
-    for i in range(1, len(ours), 2):
+    for i in range((len(ours) - 1) % 2, len(ours), 2):
         losses = [curve[i] for curve in stock]
         steps = f"{i * plots.WINDOW + 1}–{(i + 1) * plots.WINDOW}"
         lines.append([steps, f"{statistics.mean(losses):.3f}", f"{statistics.stdev(losses):.3f}", f"{ours[i]:.3f}"])

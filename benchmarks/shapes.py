@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,32 +46,62 @@ MODELS = {
     "roberta-large": ModelShape("roberta", 24, 1024, 16, 4096, 50265),
     "minilm": ModelShape("bert", 6, 384, 12, 1536, 30522),
     "roberta-long": ModelShape("roberta", 2, 768, 12, 3072, 50265, positions=8192),  # two of roberta-base's layers
+    "mini": ModelShape("roberta", 4, 256, 4, 1024, 8192, positions=128),  # of the sizes of Turc et al. 2019
     "tiny": ModelShape("roberta", 2, 64, 4, 256, 1000, positions=128),
 }
 
 
-MODES = ("eval", "train", "mlm")
+MODES = {
+    "eval": "inference",
+    "train": "fine-tuning step",
+    "mlm": "masked-language-model step",
+    "seq2seq": "encoder-decoder training step",
+    "generate": "greedy generation",
+}
+TRAINING = ("train", "mlm", "seq2seq")
+NEW_TOKENS = 32  # that a text is continued by in generation
 LABELLED = 0.15  # of the tokens, as masked-language-model training has it
 
 
-def build_model(name: str, *, mode: str = "eval", seed: int = 0):
+def build_model(name: str, *, mode: str = "eval", seed: int = 0, dropout: float | None = None):
     """The stock model on the CPU: for a name of ``MODELS`` with random weights, for a folder with the checkpoint's.
 
     mode: ``"eval"``: the bare encoder in eval mode; in training mode ``"train"``: with a two-class head, as fine-tuning has it;
-    ``"mlm"``: with that of a masked language model. Raises ValueError if ``name`` is neither.
+    ``"mlm"``: with that of a masked language model; ``"seq2seq"``: with a decoder of the same shape behind it, which attends to
+    it; ``"generate"``: that one in eval mode. dropout: all of its probabilities; None: as the config has them.
+    Raises ValueError if ``name`` is neither.
     """
-    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, EncoderDecoderModel
 
     torch.manual_seed(seed)
-    kind = {"eval": AutoModel, "train": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM}[mode]
-    head = {"num_labels": 2} if mode == "train" else {}
-    if name in MODELS:
-        model = kind.from_config(MODELS[name].config(**head))
-    elif Path(name, "config.json").is_file():
-        model = kind.from_pretrained(name, **head)
-    else:
+    if name not in MODELS and not Path(name, "config.json").is_file():
         raise ValueError(f"{name!r} is neither one of {', '.join(MODELS)} nor a folder with a config.json")
-    return model.train(mode != "eval")
+    overrides = {} if dropout is None else dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
+    if mode in ("seq2seq", "generate"):
+        if name in MODELS:
+            model = EncoderDecoderModel(_encoder_decoder_config(MODELS[name], overrides))
+        else:
+            given = {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in overrides.items()}
+            model = EncoderDecoderModel.from_encoder_decoder_pretrained(name, name, **given)
+        start = model.config.encoder.bos_token_id or 0
+        for config in (model.config, model.generation_config):
+            config.decoder_start_token_id, config.pad_token_id = start, model.config.encoder.pad_token_id
+    else:
+        kind = {"eval": AutoModel, "train": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM}[mode]
+        overrides |= {"num_labels": 2} if mode == "train" else {}
+        model = kind.from_config(MODELS[name].config(**overrides)) if name in MODELS else kind.from_pretrained(name, **overrides)
+    return model.train(mode in TRAINING)
+
+
+def _encoder_decoder_config(shape, overrides):
+    from transformers import EncoderDecoderConfig
+
+    return EncoderDecoderConfig.from_encoder_decoder_configs(*(shape.config(**overrides) for _ in range(2)))
+
+
+def encoder_config(config):
+    """The config of a model's encoder."""
+    return getattr(config, "encoder", config)
 
 
 def ragged_lengths(count: int, longest: int = 92, seed: int = 0) -> list[int]:
@@ -91,11 +121,15 @@ def ragged_lengths(count: int, longest: int = 92, seed: int = 0) -> list[int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch. name: what tables call it. input_ids, attention_mask: int64 [B, S], padded on the right."""
+    """A padded batch. name: what tables call it. input_ids, attention_mask: int64 [B, S], padded on the right.
+
+    decoded: a decoder gets the same texts.
+    """
 
     name: str
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    decoded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -108,19 +142,24 @@ class Batch:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The keyword arguments of a model's ``forward``."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return given | ({f"decoder_{name}": tensor for name, tensor in given.items()} if self.decoded else {})
 
     def labels(self, mode: str) -> torch.Tensor | None:
-        """What a model of ``build_model`` in that mode learns: a class [B], or 15% of the real tokens [B, S], -100 elsewhere."""
-        if mode == "eval":
+        """What a model of ``build_model`` in that mode learns: a class [B]; 15% of the tokens, or the one behind each, [B, S]."""
+        if mode not in TRAINING:
             return None
+        if mode == "seq2seq":
+            following = torch.where(self.attention_mask.bool(), self.input_ids, -100).roll(-1, 1)
+            following[:, -1] = -100
+            return following
         if mode == "train":
             return torch.arange(self.input_ids.shape[0], device=self.input_ids.device) % 2
         chosen = torch.rand(self.input_ids.shape, generator=torch.Generator().manual_seed(0)).to(self.input_ids.device) < LABELLED
         return torch.where(chosen & self.attention_mask.bool(), self.input_ids, -100)
 
     def to(self, device: str) -> "Batch":
-        return Batch(self.name, self.input_ids.to(device), self.attention_mask.to(device))
+        return replace(self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device))
 
     def facts(self) -> dict:
         """What a result records of it."""
@@ -153,11 +192,24 @@ def batch_of_text(name: str, lines: Sequence[str], tokenizer, config) -> Batch:
     return Batch(name, encoded["input_ids"], encoded["attention_mask"])
 
 
-def forward_flops(config, lengths: Sequence[int]) -> int:
-    """Floating-point operations of the encoder's matrix products over the real tokens, multiply and add counted apart."""
+def forward_flops(config, lengths: Sequence[int], targets: Sequence[int] | None = None) -> int:
+    """Floating-point operations of the layers' matrix products over the real tokens, multiply and add counted apart.
+
+    targets: lengths that a decoder has, by default those of the encoder; what lies behind a token does not count.
+    """
+    if config.is_encoder_decoder:
+        targets = lengths if targets is None else targets
+        return forward_flops(config.encoder, lengths) + _decoder_flops(config.decoder, lengths, targets)
     hidden, intermediate = config.hidden_size, config.intermediate_size
     linears = (8 * hidden * hidden + 4 * hidden * intermediate) * sum(lengths)
     attention = 4 * hidden * sum(length * length for length in lengths)
+    return config.num_hidden_layers * (linears + attention)
+
+
+def _decoder_flops(config, sources, targets):
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    linears = (12 * hidden * hidden + 4 * hidden * intermediate) * sum(targets) + 4 * hidden * hidden * sum(sources)
+    attention = sum(2 * hidden * t * t + 4 * hidden * t * s for s, t in zip(sources, targets, strict=True))
     return config.num_hidden_layers * (linears + attention)
 
 

@@ -44,7 +44,7 @@ def gate_for(model):
 
 def build(name, model, batch):
     peer = peers.PEERS[name]
-    if reason := peer.reason_against("cpu", "float32", False):
+    if reason := peer.reason_against("cpu", "float32"):
         pytest.skip(reason)
     return peer.build(model, batch) if peer.calibrated else peer.build(model)
 
@@ -89,9 +89,9 @@ class TestPeers:
 
     def test_each_absent_package_is_named_with_the_command_that_installs_it(self, monkeypatch):
         monkeypatch.setattr(peers, "_missing", lambda module: True)
-        reason = peers.PEERS["openvino-int8"].reason_against("cpu", "float32", False)
+        reason = peers.PEERS["openvino-int8"].reason_against("cpu", "float32")
         assert reason == "openvino and nncf are not installed: pip install openvino nncf"
-        reason = peers.PEERS["sentence-transformers"].reason_against("cpu", "float32", False)
+        reason = peers.PEERS["sentence-transformers"].reason_against("cpu", "float32")
         assert reason == "sentence_transformers is not installed: pip install sentence-transformers"
 
 

@@ -5,8 +5,6 @@ import importlib
 import importlib.util
 import itertools
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import roberta_fast
 from roberta_fast import cli
-from roberta_fast.benchmarks import gpu, measure, operations, peers, report, shapes
+from roberta_fast.benchmarks import comparison, gpu, measure, operations, peers, report, shapes
 from roberta_fast.benchmarks.parity import Gate
 from roberta_fast.report import stock_clone
 
@@ -103,7 +101,7 @@ class TestMeasure:
 class TestEncoder:
     def test_end_to_end(self, capsys, tmp_path):
         path = tmp_path / "results" / "machine.json"
-        assert bench("--modes", "eval,train,mlm", "--json", str(path)) == 0
+        assert bench("--modes", "eval,train,mlm", "--kernels", "--json", str(path)) == 0
         runs = json.loads(path.read_text())["runs"]
         assert [run["mode"] for run in runs] == ["eval", "train", "mlm"]
         for run in runs:
@@ -113,8 +111,46 @@ class TestEncoder:
             for row in run["rows"]:
                 assert row["tokens_per_s"] == pytest.approx(run["batches"][row["batch"]]["tokens"] / row["seconds"]["median"])
                 assert row["cosine"] > 0.99999 and row["ratio"] > 0
+                if row["batch"] == "ragged":
+                    assert row["kinds"]["products"] > 0 and row["kinds"]["attention"] > 0
+                    assert (row["kinds"]["optimizer"] > 0) == (run["mode"] != "eval")
+                    assert sum(row["kernels"].values()) <= 1.001 * sum(row["kinds"].values())
         printed = capsys.readouterr().out
         assert "`roberta_fast`" in printed and "fine-tuning step" in printed and report.encoder_section(runs[0]) in printed
+
+    def test_decoders(self, capsys, tmp_path):
+        path = tmp_path / "results.json"
+        arguments = [
+            "--peers",
+            "huggingface-eager,onnxruntime,roberta_fast",
+            "--dropout",
+            "0",
+            "--json",
+            str(path),
+            "--dense",
+            "2x8",
+            "--repeats",
+            "1",
+        ]
+        assert bench("--modes", "seq2seq,generate", *arguments) == 0
+        training, generation = json.loads(path.read_text())["runs"]
+        for run in (training, generation):
+            assert {row["peer"] for row in run["rows"]} == {"huggingface-sdpa", "huggingface-eager", "roberta_fast"}
+            assert list(run["absent"]) == ["onnxruntime"]
+        for row in generation["rows"]:
+            new = generation["batches"][row["batch"]]["batch"] * shapes.NEW_TOKENS
+            assert row["tokens_per_s"] == pytest.approx(new / row["seconds"]["median"])
+        printed = capsys.readouterr().out
+        assert "encoder-decoder training step, forward, backward and AdamW, dropout 0" in printed and "new tokens/s" in printed
+        reason = peers.PEERS["huggingface-compile"].reason_against("cpu", "float32", "generate")
+        assert reason == "it is not set up for this: greedy generation"
+
+    def test_every_new_token_is_generated(self):
+        model = shapes.build_model("tiny", mode="generate")
+        batch = dataclasses.replace(shapes.batch_of("ragged", [3, 7], model.config.encoder), decoded=True)
+        contest = comparison.Comparison("tiny", model, "generate", [batch], [peers.OURS], 1)
+        made = contest._step(peers.PEERS[peers.OURS].build(model), batch)()
+        assert made.shape == (2, 1 + shapes.NEW_TOKENS)
 
     @pytest.mark.parametrize("mode", [[], ["--modes", "train"], ["--modes", "mlm"]], ids=["eval", "train", "mlm"])
     def test_a_wrong_weight_leaves_no_number(self, capsys, tmp_path, monkeypatch, mode):
@@ -222,15 +258,29 @@ class TestEncoder:
         assert expected in printed and printed.count("huggingface-eager") == 1
 
     def test_the_unpadded_encoder_computes_the_same(self, tiny):
-        def attend(query, key, value, bounds, _, longest, __):
+        def attend(query, key, value, bounds, _, longest, __, dropout_p):
+            assert dropout_p == 0
             split = [t.transpose(0, 1)[None] for t in (query, key, value)]
             segments = itertools.pairwise(bounds)
             parts = (nn.functional.scaled_dot_product_attention(*(t[:, :, a:b] for t in split)) for a, b in segments)
             return torch.cat([part[0].transpose(0, 1) for part in parts])
 
-        batch = shapes.batch_of("ragged", [3, 17, 9], tiny.config)
-        gate = Gate(tiny, peers.PEERS[peers.BASELINE].build(tiny), batch)
-        gate.check(torch.no_grad()(peers.UnpaddedEncoder(tiny, attend)))
+        for mode in ("eval", "train", "mlm"):
+            model = shapes.build_model("tiny", mode=mode, dropout=0)
+            batch = shapes.batch_of("ragged", [3, 17, 9], model.config)
+            gate = Gate(model, peers.PEERS[peers.BASELINE].build(model), batch, batch.labels(mode))
+            gate.check(peers.Unpadded(model, attend))
+
+    def test_a_step_leaves_the_parameters_that_peers_share(self, tiny):
+        model = shapes.build_model("tiny", mode="train")
+        before = [p.detach().clone() for p in model.parameters()]
+        contest = comparison.Comparison("tiny", model, "train", [shapes.batch_of("dense", [9, 9], model.config)], [peers.OURS], 1)
+        calls = []
+        contest.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        contest.optimizer.register_step_post_hook(lambda *_: calls.append(1))
+        contest._step(peers.PEERS[peers.OURS].build(model), contest.batches[0])()
+        assert calls and contest.optimizer.state[model.classifier.dense.weight]["exp_avg"].abs().max() > 0
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 class TestOperations:
@@ -263,80 +313,6 @@ class TestOperations:
         contest.verify("torch sdpa")
         with pytest.raises(AssertionError, match="exceeds"):
             contest.verify("torch leaky")
-
-
-def settings(out, **changes):
-    values = {"venv": out / "none", "results": out / "results", "device": "cpu", "tiny": True, "quick": False, "commit": None}
-    return gpu.Settings(out=out, **{**values, **changes})
-
-
-def left_by_tests(out, **changes):
-    outcome = {"red": {}, "passed": 3, "skipped": 0, "sources": gpu.digest()}
-    (out / "tests.json").write_text(json.dumps({**outcome, **changes}))
-
-
-class TestGpu:
-    def test_red_tests_stop_their_operation_and_every_encoder(self, tmp_path):
-        here = settings(tmp_path)
-        stages = gpu.all_stages(here)
-        left_by_tests(tmp_path, red={"attention": "test_forward: 1 exceeds 0"})
-        assert gpu.red_reason(here, stages["attention"], False) == "attention is red, test_forward: 1 exceeds 0"
-        assert gpu.red_reason(here, stages["tiny-eval"], False).startswith("attention is red")
-        assert gpu.red_reason(here, stages["pack"], False) is None and gpu.red_reason(here, stages["limits"], False) is None
-
-    def test_tests_of_other_sources_do_not_count(self, tmp_path):
-        here = settings(tmp_path)
-        stage = gpu.all_stages(here)["pack"]
-        assert "have not run" in gpu.red_reason(here, stage, False)
-        left_by_tests(tmp_path, sources="other")
-        assert "have not run" in gpu.red_reason(here, stage, False) and gpu.red_reason(here, stage, True) is None
-
-    def test_no_gpu_test_is_no_green_gate(self, tmp_path):
-        here = settings(tmp_path, device="cuda")
-        left_by_tests(tmp_path, passed=0)
-        assert gpu.red_reason(here, gpu.all_stages(here)["pack"], False) == "no test ran"
-
-    def test_junit_is_read(self, tmp_path):
-        path = tmp_path / "tests.xml"
-        cases = '<testcase name="a"/><testcase name="b"><skipped/></testcase>'
-        path.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-        assert gpu.read_junit(path) == (None, 1, 1)
-        broken = '<testcase name="c"><failure message="1 exceeds 0&#10;more"/></testcase>'
-        path.write_text(f"<testsuites><testsuite>{cases}{broken}</testsuite></testsuites>")
-        assert gpu.read_junit(path) == ("c: 1 exceeds 0", 1, 1)
-
-    def test_a_stage_out_of_time_is_stopped(self, tmp_path):
-        stage = gpu.Stage(gpu.merge, limit=1, name="sleeper")
-        start = time.monotonic()
-        assert gpu.call(settings(tmp_path), stage, sys.executable, "-c", "import time; time.sleep(60)") == gpu.OUT_OF_TIME
-        assert time.monotonic() - start < 10
-
-    def test_dry_run_in_short(self, tmp_path):
-        left_by_tests(tmp_path)
-        done = self.dry_run(tmp_path, "--stages", "limits,merge")
-        assert done.returncode == 0, done.stdout
-        (results,) = (tmp_path / "results").glob("*.json")
-        assert [run["operation"] for run in json.loads(results.read_text())["runs"]] == ["limits"]
-
-    def test_a_stage_that_does_not_exist_is_named(self, tmp_path):
-        done = self.dry_run(tmp_path, "--stages", "limits,attentoin")
-        assert done.returncode == 1 and "argument --stages: 'attentoin' is not one of install" in done.stderr
-
-    @pytest.mark.slow
-    def test_dry_run_in_full(self, tmp_path):
-        done = self.dry_run(tmp_path, "--venv", str(tmp_path / "venv"))
-        assert done.returncode == 0 and done.stdout.endswith("all done\n"), done.stdout
-        (results,) = (tmp_path / "results").glob("*.json")
-        kinds = [(run["kind"], run.get("operation", run.get("mode"))) for run in json.loads(results.read_text())["runs"]]
-        wanted = [("operation", name) for name in ("limits", *gpu.OPERATIONS)] + [
-            ("encoder", mode) for mode in ("eval", "train", "mlm")
-        ]
-        assert sorted(kinds) == sorted(wanted)
-
-    @staticmethod
-    def dry_run(out, *arguments):
-        command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(out), "--device", "cpu", "--tiny"]
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,8 @@ class Classification(FineTuning):
             if self.problem_type == REGRESSION:
                 targets.append(_number(table, row, self.label_column, value))
                 continue
+            if self.problem_type == SINGLE and isinstance(value, (list, dict)):
+                raise table.error(row, f"{self.label_column} {value!r} is not one label, as others are")
             names = self._names(value)
             unknown = [name for name in names if name not in index]
             if unknown:

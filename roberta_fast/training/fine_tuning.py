@@ -67,9 +67,11 @@ class FineTuning:
                 raise ValueError(f"there is no {split} data: {split}_file or a dataset_name that has it is needed")
         if not self.tables:
             raise ValueError("there is no data: train_file, validation_file, test_file or dataset_name is needed")
-        limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_predict_samples)
-        for split, limit in zip(wanted, limits, strict=True):
-            if split in self.tables and limit is not None:
+        for split, name in zip(wanted, ("max_train_samples", "max_eval_samples", "max_predict_samples"), strict=True):
+            limit = getattr(data_args, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit} must be at least 1")
+            if split in self.tables:
                 self.tables[split] = self.tables[split].first(limit)
         if model_args.precision and ("train" in self.tables or not model_args.fast):
             raise ValueError(f"precision={model_args.precision!r} is for evaluation and prediction on the fast encoder")
@@ -150,7 +152,10 @@ class FineTuning:
         return self.tokenizer
 
     def check_length(self, length: int, argument: str) -> None:
-        """Raises ValueError where the model has fewer positions."""
+        """Raises ValueError where the model has fewer positions, or special tokens alone would fill so many."""
+        least = self.tokenizer.num_special_tokens_to_add() + 1
+        if length < least:
+            raise ValueError(f"{argument}={length} leaves no room for a text: it must be at least {least}")
         positions = longest_sequence(self.config) if hasattr(self.config, "max_position_embeddings") else length
         if length > positions:
             raise ValueError(f"{argument}={length}, but the model has {positions} positions")

@@ -13,8 +13,8 @@ TOKENS_PER_BATCH = 2048
 class FastTrainingArguments(TrainingArguments):
     """TrainingArguments with the defaults of fine-tuning an encoder, and a few of their own.
 
-    Raises ValueError for a budget or a patience below 0, a decay outside (0, 1], a dropout outside [0, 1), or seeds that are no
-    integers.
+    Raises ValueError for a budget or a patience below 0, no epochs, a decay outside (0, 1], a dropout outside [0, 1), or seeds
+    that are no integers.
     """
 
     _argument_group_name = "training"
@@ -48,6 +48,8 @@ class FastTrainingArguments(TrainingArguments):
             self.tokens_per_batch = 0 if self.per_device_train_batch_size else TOKENS_PER_BATCH
         if self.tokens_per_batch < 0:
             raise ValueError(f"tokens_per_batch={self.tokens_per_batch} must be 0 or more")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0")
         if not 0 < self.layer_lr_decay <= 1:
             raise ValueError(f"layer_lr_decay={self.layer_lr_decay} must lie in (0, 1]")
         if not 0 <= self.token_dropout < 1:

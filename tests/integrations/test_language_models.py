@@ -204,17 +204,8 @@ def test_names_signature_pickle_and_restoring():
     assert restored.__dict__.keys() == stock.__dict__.keys()
 
 
-@pytest.mark.parametrize(
-    ("steps", "half"),
-    [
-        pytest.param(6, False, id="6 steps"),
-        pytest.param(200, False, marks=pytest.mark.slow, id="200 steps"),
-        pytest.param(200, True, marks=pytest.mark.slow, id="200 steps in bfloat16"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:roberta_fast")
-def test_trainer_follows_the_stock_loss(tmp_path, checkpoint, steps, half):
-    """On real text and real weights, with Trainer's own collator."""
+def test_trainer_follows_the_stock_loss(tmp_path, checkpoint):
+    """On real text and real weights, with Trainer's own collator; 200 steps are in test_loss_curve.py."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     data = [tokenizer(line) for line in read_sentences(None)[:64]]
     losses = []
@@ -223,16 +214,13 @@ def test_trainer_follows_the_stock_loss(tmp_path, checkpoint, steps, half):
         model = AutoModelForMaskedLM.from_pretrained(checkpoint, **NO_DROPOUT)
         model = accelerate_model(model) if fast else model
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=steps, per_device_train_batch_size=8, learning_rate=5e-4, logging_steps=1,
-            save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=0, bf16=half,
+            str(tmp_path), max_steps=6, per_device_train_batch_size=8, learning_rate=5e-4, logging_steps=1,
+            save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=0,
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, seed=0)
         trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator)
         trainer.train()
         losses.append(torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
     stock, fast = losses
-    if steps == 6:
-        torch.testing.assert_close(fast, stock, rtol=1e-3, atol=0)
-    for begin in range(0, steps, 50):  # later steps go their own ways by rounding, around the same curve
-        torch.testing.assert_close(fast[begin : begin + 50].mean(), stock[begin : begin + 50].mean(), rtol=0.03, atol=0.02)
+    torch.testing.assert_close(fast, stock, rtol=1e-3, atol=0)
     assert stock[-5:].mean() < 0.9 * stock[:2].mean()

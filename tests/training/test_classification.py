@@ -224,6 +224,27 @@ BAD_INPUT = [
         "max_seq_length=200, but the model has 128 positions",
     ),
     (
+        "too short",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"max_seq_length": 2},
+        "max_seq_length=2 leaves no room for a text: it must be at least 3",
+    ),
+    (
+        "no samples",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"max_eval_samples": 0},
+        "max_eval_samples=0 must be at least 1",
+    ),
+    (
+        "no epochs",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"num_train_epochs": -1},
+        "num_train_epochs=-1 must be above 0",
+    ),
+    (
         "weights",
         "text,label\nx,1\ny,0\n",
         "text,label\nx,1\n",
@@ -242,6 +263,12 @@ def test_stops_before_training(train, validation, flags, message, tmp_path, tiny
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         run(tmp_path, tiny_checkpoint, str(tmp_path / "train.csv"), str(tmp_path / "validation.csv"), **flags)
     assert not list(tmp_path.glob("out/checkpoint*"))
+
+
+def test_a_list_among_labels(tmp_path, tiny_checkpoint):
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": ["x", "y"]}]
+    with pytest.raises(DataError, match=r"train.jsonl, line 3: label \['x', 'y'\] is not one label, as others are"):
+        run(tmp_path, tiny_checkpoint, jsonl_file(tmp_path / "train.jsonl", rows))
 
 
 def test_a_label_outside_the_head(trained, tmp_path):
