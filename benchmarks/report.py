@@ -87,8 +87,9 @@ def render(text: str, runs: list[dict]) -> str:
         raise ValueError(f"markers must be <!-- results:NAME --> with NAME one of {', '.join(DEVICES)}, got {names}")
 
     def tables(match):
-        # Curves are for the eye.
-        sections = [section(run) for run in runs if run["environment"]["device"] == match[2] and run["kind"] != "scaling"]
+        # Speed first; curves are for the eye.
+        ordered = sorted(runs, key=lambda run: run["kind"] == "loss_curve")
+        sections = [section(run) for run in ordered if run["environment"]["device"] == match[2] and run["kind"] != "scaling"]
         images = [name for name in plots.figures(runs) if name.startswith(f"{match[2]}-")]
         sections += [f"![{plots.caption(name)}]({IMAGES.relative_to(ROOT)}/{name})" for name in images]
         return match[1] + "".join(f"{text}\n\n" for text in sections) + match[3]
