@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -41,9 +42,11 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
-def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The ``checkpoint-N`` of the highest N in ``folder`` that is whole, or None; warns of each that it passes over, and why."""
+def last_complete_checkpoint(folder: str | Path, before: float = math.inf) -> str | None:
+    """The ``checkpoint-N`` of the highest N below ``before`` in ``folder`` that is whole, or None; warns of each that it passes
+    over, and why."""
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found = [p for p in found if int(p.name.removeprefix("checkpoint-")) < before]
     for checkpoint in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
         damage = damage_of(checkpoint)
         if damage is None:

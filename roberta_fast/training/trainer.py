@@ -206,13 +206,14 @@ class _FastTraining:
         if self.accelerator.reduce(is_bad).item():
             raise NotFiniteError(
                 f"the loss or its gradient is not finite at step {self.state.global_step} (loss {values[0]}, gradient norm "
-                f"{values[-1]}); {self._last_good_checkpoint()}. "
+                f"{values[-1]}); {self._last_good_checkpoint(self.state.global_step - 1)}. "
                 f"A lower learning_rate (now {self.args.learning_rate}), a longer warm-up or bf16 in place of fp16 may help"
             )
 
-    def _last_good_checkpoint(self):
-        last = last_complete_checkpoint(self.args.output_dir)
-        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    def _last_good_checkpoint(self, before=math.inf):
+        """before: a step whose weights have made no finite loss yet, so that a checkpoint of them may be as bad."""
+        last = last_complete_checkpoint(self.args.output_dir, before)
+        return f"the last good checkpoint is {last}" if last else "there is no good checkpoint yet"
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trainer's; ``True`` resumes from the last complete checkpoint of the output folder, or begins where there is none."""

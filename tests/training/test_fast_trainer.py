@@ -173,11 +173,13 @@ class Explodes(nn.Module):
         return output
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    trainer = trainer_of(Explodes(model_of()), tmp_path, save_strategy="steps", save_steps=2, logging_steps=4)
+@pytest.mark.parametrize("save_steps", [1, 2])
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(save_steps, tmp_path):
+    """Which is not that of the step before, whose weights have made no other loss than this one."""
+    trainer = trainer_of(Explodes(model_of()), tmp_path, save_strategy="steps", save_steps=save_steps, logging_steps=4)
     with pytest.raises(NotFiniteError, match=r"at step 6 .*the last good checkpoint is .*checkpoint-4.*learning_rate"):
         trainer.train()
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in range(save_steps, 6, save_steps)]
 
 
 def test_class_weights_weigh_the_loss(tmp_path):
