@@ -23,7 +23,7 @@ from roberta_fast.training.batching import TaskBatchSampler
 from roberta_fast.training.data import DataError
 from roberta_fast.training.fine_tuning import Result
 from roberta_fast.training.token_dropout import UNITS, TokenDropout, dropped_token
-from roberta_fast.training.trainer import FastTrainer, text_lengths
+from roberta_fast.training.trainer import FastTrainer, data_seed, text_lengths
 from roberta_fast.training.training_arguments import FineTuningArguments
 
 KINDS = ("classification", "ner", "qa")
@@ -116,7 +116,7 @@ class MultiTaskTrainer(FastTrainer):
             lengths if budget else [[1] * len(of_task) for of_task in lengths],
             budget or self.args.per_device_train_batch_size,
             alpha=self.alpha,
-            seed=self.data_seed(),
+            seed=data_seed(self.args),
             num_replicas=self.args.world_size,
             rank=self.args.process_index,
         )
@@ -235,8 +235,8 @@ class MultiTask:
         for split, dataset in task.encode_all(*task.tables).items():
             examples = dataset.select_columns([c for c in dataset.column_names if c in taken or c == UNITS])
             if split == "train" and self.args.token_dropout:
-                seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-                examples = TokenDropout(examples, self.args.token_dropout, dropped_token(task.tokenizer), seed)
+                token = dropped_token(task.tokenizer)
+                examples = TokenDropout(examples, self.args.token_dropout, token, data_seed(self.args))
             found[split] = TaskExamples(name, examples, text_lengths(dataset))
         return found
 

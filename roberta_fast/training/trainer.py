@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, seed_worker
 
@@ -97,7 +97,7 @@ class _FastTraining:
         return TokenBatchSampler(
             text_lengths(self.train_dataset),
             budget,
-            seed=self.data_seed(),
+            seed=data_seed(self.args),
             num_replicas=self.args.world_size,
             rank=self.args.process_index,
         )
@@ -133,11 +133,7 @@ class _FastTraining:
         if self.dropped_token is None or dataset is not self.train_dataset:
             return kept
         examples = dataset.select_columns(list({**dict.fromkeys(kept.column_names), UNITS: None}))
-        return TokenDropout(examples, self.args.token_dropout, self.dropped_token, self.data_seed())
-
-    def data_seed(self) -> int:
-        """What the order of the training data is drawn by."""
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return TokenDropout(examples, self.args.token_dropout, self.dropped_token, data_seed(self.args))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, with a learning rate that falls from layer to layer where ``layer_lr_decay`` asks for it."""
@@ -282,6 +278,11 @@ def require_metric(name: str | None, metrics: Mapping[str, float]) -> None:
             f"metric_for_best_model={name!r} is none of what is measured: "
             + ", ".join(key.removeprefix("eval_") for key in metrics if key.startswith("eval_"))
         )
+
+
+def data_seed(args: TrainingArguments) -> int:
+    """What the order of the training data, and what token dropout hides of it, are drawn by."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def text_lengths(dataset) -> list[int]:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from roberta_fast import explain
+from roberta_fast.testing import assert_close_as_torch
 from roberta_fast.training import DataError, TokenBatchSampler, finetune, predict
 from roberta_fast.training.batching import TaskBatchSampler
 from roberta_fast.training.cli import run as run_command
@@ -86,10 +87,12 @@ def test_each_is_a_model_of_stock_hugging_face(trained):
         encoders.append(model.roberta.state_dict())
         batch = AutoTokenizer.from_pretrained(folder)([*GOOD, *BAD], padding=True, return_tensors="pt")
         with torch.no_grad():
-            expected, found = model.eval()(**batch), trained.model.eval()(name, **batch)
+            stock, found = model.eval()(**batch), trained.model.eval()(name, **batch)
+            exact = model.double()(**batch)
         # Where there is padding, hidden states are zeros in the one and anything in the other.
         real = ... if name == "mood" else batch["attention_mask"].bool()
-        assert all(torch.allclose(found[key][real], value[real], atol=1e-4) for key, value in expected.items())
+        for key, value in stock.items():
+            assert_close_as_torch(found[key][real], value[real], exact[key][real], name=f"{name}: {key}")
         assert {"metrics.json", "README.md", "learning_curves.png", "finetune.json"} <= {p.name for p in folder.iterdir()}
     for encoder in encoders[1:]:
         assert all(torch.equal(encoder[key], value) for key, value in encoders[0].items())
