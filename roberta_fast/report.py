@@ -16,6 +16,7 @@ from roberta_fast.encoder import encoder_objection
 from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
 from roberta_fast.heads import FastLanguageModel, head_objection
 from roberta_fast.layer import layer_objection, linears
+from roberta_fast.ops.feed_forward import is_fused
 from roberta_fast.ops.registration import facts_of
 
 
@@ -72,13 +73,15 @@ def explain(model: nn.Module) -> Explanation:
     precision, operations = "as the model", dict(_OPERATIONS)
     if options.precision:
         precision = _precision(layers, options.precision)
-        operations |= {"int8_linear": None, "int8_feed_forward": None}  # compute in inference alone
+        operations |= {name: (name, None) for name in ("int8_linear", "int8_feed_forward")}  # compute in inference alone
+    if is_fused(options.recompute == "gelu", weight.is_cuda, requested):
+        operations["feed_forward"] = "linear_gelu", "feed_forward_backward"
     language_models = [module for module in model.modules() if isinstance(module, FastLanguageModel) and options.fuse_lm_head]
     if language_models:
-        operations["cross_entropy"] = "cross_entropy"  # which leaves products alone to the backward pass
-    for name, backward in operations.items():
+        operations["cross_entropy"] = "cross_entropy", "cross_entropy"  # which leaves products alone to the backward pass
+    for name, passes in operations.items():
         chosen = []
-        for op in filter(None, (name, backward)):
+        for op in filter(None, passes):
             choice = dispatch.choose(op, facts if name == "attention" else facts._replace(head_dim=None), requested)
             chosen.append(choice.backend)
             if choice.skipped:
@@ -112,12 +115,13 @@ def explain(model: nn.Module) -> Explanation:
     )
 
 
+# The operations of the forward and the backward pass by the name that the table gives them.
 _OPERATIONS = {
-    "pack": "unpack",
-    "attention": "attention_backward",
-    "add_layer_norm": "add_layer_norm_backward",
-    "linear_gelu": "linear_gelu_backward",
-    "unpack": "pack",
+    "pack": ("pack", "unpack"),
+    "attention": ("attention", "attention_backward"),
+    "add_layer_norm": ("add_layer_norm", "add_layer_norm_backward"),
+    "linear_gelu": ("linear_gelu", "linear_gelu_backward"),
+    "unpack": ("unpack", "pack"),
 }
 
 

@@ -53,12 +53,17 @@ def feed_forward(
         refuse("approximate", repr(approximate), f"one of {APPROXIMATIONS}")
     tensors = x, weight1, bias1, weight2, bias2
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not needs_grad or not (recompute or x.is_cuda or backend == "triton"):
+    if not needs_grad or not is_fused(recompute, x.is_cuda, backend):
         how = {"count": count, "deterministic": deterministic, "backend": backend}
         return linear(linear_gelu(x, weight1, bias1, approximate=approximate, **how), weight2, bias2, **how)
     keep = weight2.requires_grad and not recompute
     y, *_ = _forward(*autocast_to(*tensors), approximate, keep, count, deterministic, backend)
     return y
+
+
+def is_fused(recompute: bool, is_cuda: bool, backend: str) -> bool:
+    """True where the backward pass has both products in hand: where a kernel gains by it, and where GELU is computed again."""
+    return recompute or is_cuda or backend == "triton"
 
 
 def feed_forward_ref(x, weight1, bias1, weight2, bias2, approximate="none"):

@@ -62,6 +62,14 @@ def _serve_by_workers(settings, options):
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
+    class Supervisor(Multiprocess):
+        """Replaces at once a worker that dies before it answers: the end of its pipe tells, as only the worker holds it."""
+
+        def keep_subprocess_alive(self):
+            for worker in self.processes:
+                worker.child_conn.close()
+            super().keep_subprocess_alive()
+
     from roberta_fast.serving.engine import task_of
     from roberta_fast.serving.metrics import SHARED_FOLDER
 
@@ -69,7 +77,7 @@ def _serve_by_workers(settings, options):
     with tempfile.TemporaryDirectory(prefix="roberta-fast-metrics-") as folder:
         os.environ[SHARED_FOLDER] = folder
         config = uvicorn.Config(functools.partial(_app_of_worker, settings, options["log_level"]), factory=True, **options)
-        Multiprocess(config, sockets=[config.bind_socket()]).run()
+        Supervisor(config, sockets=[config.bind_socket()]).run()
     return 0
 
 

@@ -7,7 +7,7 @@ import torch
 from model_trio import assert_same_gradients, gradients, tiny_inputs, tiny_model, trio
 from transformers import RobertaForCausalLM, RobertaForSequenceClassification
 
-from roberta_fast import FastOptions, accelerate_model
+from roberta_fast import FastOptions, accelerate_model, explain
 from roberta_fast.testing import randomize, tiny_config
 
 
@@ -32,6 +32,7 @@ def test_each_step_keeps_less_and_computes_the_same(dropout):
     inputs, sizes, found = tiny_inputs(stock), [], []
     for recompute in (None, "gelu", "layer"):
         model = accelerate_model(copy.deepcopy(stock), recompute=recompute)
+        assert ("feed_forward" in explain(model).backends) == (recompute == "gelu")
         torch.manual_seed(0)
         size, loss = kept(model, inputs)
         loss.backward()

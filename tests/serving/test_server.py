@@ -103,6 +103,27 @@ def test_a_worker_that_is_killed_is_replaced(checkpoint, tmp_path):
         assert "roberta_fast_requests_in_flight 0.0" in httpx.get(f"{address}/metrics").text
 
 
+@pytest.mark.slow
+def test_a_worker_that_dies_while_it_loads_is_replaced_at_once(checkpoint, tmp_path):
+    log = tmp_path / "log"
+    with open(log, "w") as output:
+        command = [*COMMAND, "--model", checkpoint, "--workers", "2", "--port", "0"]
+        running = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT)
+    try:
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        until, workers = time.monotonic() + 120, []
+        while len(workers) < 2 and time.monotonic() < until:
+            workers = [pid for pid in children.read_text().split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(int(workers[0]), signal.SIGKILL)
+        killed = time.monotonic()
+        while "died" not in log.read_text() and time.monotonic() < killed + 60:
+            time.sleep(0.1)
+        assert time.monotonic() < killed + 30, "the other worker's answer is waited for, and it loads for some seconds"
+    finally:
+        running.terminate()
+        assert running.wait(60) == 0
+
+
 def test_a_port_that_is_taken_is_named(checkpoint, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as ended:
         main(["serve", "--model", checkpoint, "--port", str(taken.getsockname()[1])])
