@@ -186,6 +186,7 @@ PEERS = {
     ),
     "roberta_fast-torch": Peer(functools.partial(_ours, backend="torch"), default=False),
     OURS: Peer(_ours),
+    f"{OURS}-prepack": _RUNTIME(functools.partial(_ours, prepack=True)),
     f"{OURS}-int8": _RUNTIME(functools.partial(_ours, precision="int8"), precision="int8"),
 }
 """In the order of the table."""

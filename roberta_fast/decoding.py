@@ -124,6 +124,7 @@ class DecoderCall(NamedTuple):
             length = self.cache.cross_attention_cache.get_seq_length()
             return Decoding(past, cross_past=CachedKeys.of(self.encoder_mask, *sizes, length, device)), None
         encoder = PackedBatch.of(self.encoder_hidden_states, self.encoder_mask, batch.options)
+        encoder = encoder._replace(prepacked=batch.prepacked)
         return Decoding(past, encoder), encoder.pack(self.encoder_hidden_states)
 
 

@@ -16,7 +16,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEncoder as Stock
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from roberta_fast import heads, int8, padding_mask
+from roberta_fast import heads, int8, padding_mask, prepacked
 from roberta_fast.decoding import DecoderCall
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
@@ -31,6 +31,7 @@ from roberta_fast.families import (
     unwrapped,
 )
 from roberta_fast.layer import NOT_DETERMINISTIC, SEE_EACH_OTHER, FastLayer, is_watched, layer_objection
+from roberta_fast.ops.linear import prepack_objection
 from roberta_fast.ops.registration import TRANSFORMED, is_transformed
 from roberta_fast.options import FastOptions
 from roberta_fast.packing import PackedBatch
@@ -103,15 +104,14 @@ class FastEncoder(Reporting):
             if flattened is None
             else PackedBatch.of_flattened(hidden_states, flattened, kwargs.get("max_length_q"), self.fast_options)
         )
-        arguments, result = (), {}
+        how = {"int8": self._computes_in_int8(hidden_states), "prepacked": self._reads_prepacked(hidden_states)}
+        batch, arguments, result = batch._replace(**how), (), {}
         if decodes:
             _check_mask("encoder_attention_mask", cross_mask, "encoder_hidden_states", encoder_hidden_states)
             heads = layer_parts(self.layer[0]).attention.num_attention_heads
             decoding, encoder_rows = call.decoding(batch, mask, len(self.layer), heads)
             batch, arguments = batch._replace(decoding=decoding), (encoder_rows,)
             result = {"past_key_values": past_key_values if use_cache else None}
-        if self._computes_in_int8(hidden_states):
-            batch = batch._replace(int8=True)
         watched = "hidden_states" in collected or any(is_watched(layer) for layer in self.layer)
         rows = hidden_states if watched else batch.pack(hidden_states)
         recomputes = self.fast_options.recompute == "layer" and torch.is_grad_enabled()
@@ -146,6 +146,11 @@ class FastEncoder(Reporting):
             reason_or_missing = reason or f"8-bit weights: {missing}"
             self._report(self.fp32_calls, "computes in fp32", "layers would compute in fp32", reason_or_missing)
         return reason is None
+
+    def _reads_prepacked(self, hidden_states: torch.Tensor) -> bool:
+        """Whether layers read their weights in MKL's layout in this call."""
+        asked = self.fast_options.prepack and not torch.compiler.is_compiling()
+        return asked and prepack_objection(hidden_states) is None and int8.call_objection(self, hidden_states) is None
 
 
 def encoder_objection(encoder: nn.Module) -> str | None:
@@ -262,6 +267,7 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
             if "forward" in layer.__dict__:
                 layer.forward_before = True
     int8.prepare(encoder.layer, options)
+    prepacked.forget(encoder)
     if encoder_objection(encoder) is None:
         padding_mask.mark((*_attentions(encoder), *owners))
 
@@ -278,6 +284,7 @@ def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
         if any(c.__module__.startswith("torch.distributed") for c in type(module).__mro__):
             raise ValueError(f"a sharded module cannot be made stock again: {type(module).__name__}")
     padding_mask.unmark((*_attentions(encoder), *owners))
+    prepacked.forget(encoder)
     set_deterministic(encoder, False)
     for layer in layers:
         layer.__class__ = layer.stock

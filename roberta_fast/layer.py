@@ -10,6 +10,7 @@ from roberta_fast.families import LayerParts, gelu_form, is_plain, layer_parts, 
 from roberta_fast.int8 import LINEARS, Int8Holder, copies_of
 from roberta_fast.ops import dropout
 from roberta_fast.packing import PackedBatch
+from roberta_fast.prepacked import packed_weight
 
 
 class FastLayer(Int8Holder):
@@ -119,8 +120,12 @@ def _probability(dropout):
 def linear(module, rows, batch):
     """module(rows), by the operation where the module is a plain Linear."""
     if is_plain(module, nn.Linear):
-        return ops.linear(rows, module.weight, module.bias, count=batch.count, **_how(batch))
+        return ops.linear(rows, module.weight, module.bias, count=batch.count, packed=_packed(module, batch), **_how(batch))
     return batch.real(module(batch.real(rows)))
+
+
+def _packed(module, batch):
+    return packed_weight(module.weight) if batch.prepacked else None
 
 
 def _how(batch):
@@ -163,7 +168,7 @@ def _query_key_value(rows, parts, batch, int8=None):
 
 def _feed_forward(rows, parts, batch):
     form, dense = gelu_form(parts.activation), (parts.intermediate, parts.output)
-    if form and all(is_plain(module, nn.Linear) for module in dense):
+    if form and not batch.prepacked and all(is_plain(module, nn.Linear) for module in dense):
         weights = (tensor for module in dense for tensor in (module.weight, module.bias))
         recompute = batch.options.recompute == "gelu"
         return ops.feed_forward(rows, *weights, approximate=form, recompute=recompute, count=batch.count, **_how(batch))
@@ -175,7 +180,8 @@ def activated(rows, dense, activation, batch):
     form = gelu_form(activation)
     if form is None or not is_plain(dense, nn.Linear):
         return activation(linear(dense, rows, batch))
-    return ops.linear_gelu(rows, dense.weight, dense.bias, approximate=form, count=batch.count, **_how(batch))
+    how = {"count": batch.count, "packed": _packed(dense, batch), **_how(batch)}
+    return ops.linear_gelu(rows, dense.weight, dense.bias, approximate=form, **how)
 
 
 def add_norm(x, residual, norm, p, seeds, index, batch):

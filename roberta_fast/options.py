@@ -32,6 +32,10 @@ class FastOptions:
         labelled rows alone, and its ``outputs.logits`` is None; False leaves both as they are.
     recompute: what a backward pass computes again instead of having kept it: None, nothing; ``"gelu"``, the activation between
         the two products of a feed-forward block, a quarter of what a layer keeps; ``"layer"``, every layer from its input.
+    prepack: True computes inference in float32 on the CPU from copies of the layers' linear weights in MKL's layout. They are
+        made at their first use, and again where the weights have changed since, and take those weights' memory once more. A
+        change written through ``weight.data`` goes unseen until ``accelerate_model`` is called again. Calls that record
+        gradients, and ``torch.compile``, do without. Not with ``deterministic``.
     Raises ValueError for any other value.
     """
 
@@ -42,13 +46,16 @@ class FastOptions:
     precision: str | None = None
     fuse_lm_head: bool = True
     recompute: str | None = None
+    prepack: bool = False
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is not one of {BACKENDS}")
-        for name in ("deterministic", "fuse_lm_head"):
+        for name in ("deterministic", "fuse_lm_head", "prepack"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not True or False")
+        if self.prepack and self.deterministic:
+            raise ValueError("prepack=True is not for deterministic=True: the bits of MKL's sums depend on the batch")
         if self.unpad not in UNPAD:
             raise ValueError(f"unpad={self.unpad!r} is not one of {UNPAD}")
         if self.on_unsupported not in ON_UNSUPPORTED:

@@ -19,7 +19,8 @@ class PackedBatch(NamedTuple):
     count: int32 [1], how many of the rows are real, where only the device knows it: N is then B * S, and rows behind hold
         anything. None: all are.
     batch, seqlen: B and S. max_seqlen: an upper bound on the sequences' lengths. options: how the layers compute. int8: whether
-        those that hold 8-bit weights compute with them now. decoding: in a decoder, a ``roberta_fast.decoding.Decoding``.
+        those that hold 8-bit weights compute with them now. prepacked: whether weights are read in MKL's layout now.
+    decoding: in a decoder, a ``roberta_fast.decoding.Decoding``.
     The caller may have packed: then cu_seqlens divides the one row of [1, S].
     """
 
@@ -33,6 +34,7 @@ class PackedBatch(NamedTuple):
     max_seqlen: int
     options: FastOptions
     int8: bool = False
+    prepacked: bool = False
     decoding: tuple | None = None
 
     @classmethod

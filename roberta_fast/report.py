@@ -17,7 +17,9 @@ from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
 from roberta_fast.heads import FastLanguageModel, head_objection
 from roberta_fast.layer import layer_objection, linears
 from roberta_fast.ops.feed_forward import is_fused
+from roberta_fast.ops.linear import prepack_objection
 from roberta_fast.ops.registration import facts_of
+from roberta_fast.prepacked import is_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Explanation:
 
     backends: ``{operation: (forward backend, backward backend)}``. fallbacks: reasons known beforehand, empty where everything
     runs on the fastest backend that there is. stock_calls: ``{reason: calls}`` that took the stock path so far. precision: which
-    of the layers multiply in 8 bits. fp32_calls: ``{reason: calls}`` that should have done so and did not.
+    of the layers multiply in 8 bits. fp32_calls: ``{reason: calls}`` that should have done so and did not. prepack: how many
+    weights lie in MKL's layout by now, None where that was not asked for.
     """
 
     encoders: int
@@ -38,11 +41,13 @@ class Explanation:
     stock_calls: dict[str, int]
     precision: str = "as the model"
     fp32_calls: dict[str, int] = dataclasses.field(default_factory=dict)
+    prepack: str | None = None
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.backends)
         lines = [f"{self.encoders} fast encoder(s), {self.layers} layers, {self.dtype} on {self.device}"]
         lines += [f"  precision: {self.precision}"] if self.precision != "as the model" else []
+        lines += [f"  prepack: {self.prepack}"] if self.prepack else []
         lines += [f"  {'operation':<{width}}  {'forward':<8} backward"]
         lines += [f"  {name:<{width}}  {forward:<8} {backward}" for name, (forward, backward) in self.backends.items()]
         lines += [f"  fallback: {reason}" for reason in self.fallbacks] or ["  no fallback"]
@@ -96,6 +101,11 @@ def explain(model: nn.Module) -> Explanation:
     for layer in layers:
         reasons.update(_layer_fallbacks(layer, options.precision))
     reasons.update(f"the head computes all logits: {reason}" for reason in filter(None, map(head_objection, language_models)))
+    prepack = None
+    if options.prepack:
+        modules = [m for layer in layers for m in linears(layer_parts(layer)).values() if is_plain(m, nn.Linear)]
+        prepack = f"{sum(is_packed(m.weight) for m in modules)} of {len(modules)} weights by now"
+        reasons.update(f"no weight is prepacked: {reason}" for reason in filter(None, [prepack_objection(weight)]))
     stock_calls, fp32_calls = Counter(), Counter()
     for module in (*encoders, *language_models):
         stock_calls.update(module.stock_calls)
@@ -112,6 +122,7 @@ def explain(model: nn.Module) -> Explanation:
         stock_calls=dict(stock_calls),
         precision=precision,
         fp32_calls=dict(fp32_calls),
+        prepack=prepack,
     )
 
 

@@ -56,7 +56,7 @@ int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 8192 / std:
 std::tuple<at::Tensor, at::Tensor> linear_gelu_fwd(const at::Tensor& x, const at::Tensor& weight,
                                                    const std::optional<at::Tensor>& bias, std::string_view approximate,
                                                    bool save_preactivation, const std::optional<at::Tensor>& count,
-                                                   bool deterministic) {
+                                                   bool deterministic, const std::optional<at::Tensor>& packed) {
   check_float(x, "x", 2);
   check_float(weight, "weight", 2);
   check_shape(weight, "weight", {weight.size(0), x.size(1)});
@@ -67,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_fwd(const at::Tensor& x, const at
   const at::Tensor u = save_preactivation ? at::empty({n, columns}, x.options()) : at::empty({0}, x.options());
   if (save_preactivation) epilogue.preactivation = u.mutable_data_ptr<float>();
   at::Tensor product = y.narrow(0, 0, real);
-  multiply_rows(x.narrow(0, 0, real), weight, epilogue, deterministic, product);
+  multiply_rows(x.narrow(0, 0, real), weight, packed, epilogue, deterministic, product);
   return {y, u};
 }
 
@@ -110,7 +110,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_bwd(const at::Tensor&
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def(
       "linear_gelu_fwd(Tensor x, Tensor weight, Tensor? bias=None, str approximate=\"none\", bool save_preactivation=False, "
-      "Tensor? count=None, bool deterministic=False) -> (Tensor, Tensor)",
+      "Tensor? count=None, bool deterministic=False, Tensor? packed=None) -> (Tensor, Tensor)",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(linear_gelu_fwd)));
   m.def(
       "linear_gelu_bwd(Tensor dy, Tensor u, Tensor x, Tensor weight, bool has_bias, str approximate=\"none\", "

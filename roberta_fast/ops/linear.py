@@ -32,12 +32,14 @@ def linear(
     count: torch.Tensor | None = None,
     deterministic: bool = False,
     backend: str = "auto",
+    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ weightᵀ + bias (+ residual).
 
     x: [N, K]; weight: [M, K]; bias: [M] or None; residual: [N, M] or None, added in float32 before rounding by kernels.
     count: int32 [1] on x's device; rows from it on are never read and hold anything in the result. None: all are real.
     deterministic: a row gives bitwise the same whatever it is batched with; the backward pass is the same from run to run.
+    packed: what ``prepack`` makes of weight, or None; the CPU's kernel multiplies it in place of weight.
     Under autocast computes in its dtype. Returns [N, M]. Raises ValueError naming the argument that does not fit.
     """
     check_rows(x, count)
@@ -47,7 +49,28 @@ def linear(
     if count is None and not deterministic and not _kernel_pays(x, weight, bias, residual):
         return linear_ref(x, weight, bias, residual)
     x, weight, bias, residual = autocast_to(x, weight, bias, residual)
-    return _forward(x, weight, bias, residual, count, deterministic, backend)
+    return _forward(x, weight, bias, residual, count, deterministic, backend, packed)
+
+
+def prepack(weight: torch.Tensor) -> torch.Tensor:
+    """weight, float32 [M, K] on the CPU, in the layout in which MKL multiplies it: opaque, float32 [any], bound to its address.
+
+    It takes as much memory as weight once more. Raises NotImplementedError where ``prepack_objection`` has a reason.
+    """
+    reason = prepack_objection(weight)
+    if reason:
+        raise NotImplementedError(f"roberta_fast: no weight can be prepacked: {reason}")
+    return torch.ops.roberta_fast_cpp.prepack(weight)
+
+
+def prepack_objection(weight: torch.Tensor) -> str | None:
+    """Why ``weight`` cannot be prepacked, or None."""
+    if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+        return f"weights are {weight.dtype} on {weight.device}, and MKL's layout serves float32 on the CPU"
+    missing = dispatch.load_cpp()
+    if missing or not torch.ops.roberta_fast_cpp.prepack_is_available():
+        return missing or "this build of PyTorch has no MKL"
+    return None
 
 
 def _kernel_pays(x, *others):
@@ -79,12 +102,17 @@ def linear_backward_ref(dy, x, weight, has_bias, count=None):
     return dy @ weight, dy.mT @ x, dy.sum(0) if has_bias else dy.new_empty(0)
 
 
-def _forward_implementation(x, weight, bias, residual, count, deterministic, backend):
-    facts = facts_of(x, device_rows=count is not None, deterministic=deterministic)
-    return dispatch.choose("linear", facts, backend).run(x, weight, bias, residual, count, deterministic)
+def _forward_implementation(x, weight, bias, residual, count, deterministic, backend, packed=None):
+    choice = dispatch.choose("linear", facts_of(x, device_rows=count is not None, deterministic=deterministic), backend)
+    return choice.run(x, weight, bias, residual, count, deterministic, *only_cpp(choice, packed))
 
 
-def _forward_fake(x, weight, bias, residual, count, deterministic, backend):
+def only_cpp(choice: dispatch.Choice, packed: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The argument ``packed`` of a kernel in C++, which others do not take."""
+    return () if packed is None or choice.backend != "cpp" else (packed,)
+
+
+def _forward_fake(x, weight, bias, residual, count, deterministic, backend, packed=None):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -98,7 +126,8 @@ def _backward_fake(dy, x, weight, has_bias, count, backend):
 
 
 _forward = define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? count, bool deterministic, str backend) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? count, bool deterministic, str backend, "
+    "Tensor? packed=None) -> Tensor",
     _forward_implementation,
     _forward_fake,
 )
@@ -110,7 +139,7 @@ _backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual, count, _, ctx.backend = inputs
+    x, weight, bias, residual, count, _, ctx.backend, _ = inputs
     ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
     ctx.save_for_backward(x, weight, count)
 
@@ -118,7 +147,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, dy):
     x, weight, count = ctx.saved_tensors
     dx, dweight, dbias = _backward(dy.contiguous(), x, weight, ctx.has_bias, count, ctx.backend)
-    return dx, dweight, dbias if ctx.has_bias else None, dy if ctx.has_residual else None, None, None, None
+    return dx, dweight, dbias if ctx.has_bias else None, dy if ctx.has_residual else None, *[None] * 4
 
 
 register_autograd("linear", _autograd_backward, _setup_context)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from roberta_fast import dispatch
-from roberta_fast.ops.linear import check_weight, linear_backward_ref, linear_ref
+from roberta_fast.ops.linear import check_weight, linear_backward_ref, linear_ref, only_cpp
 from roberta_fast.ops.registration import (
     autocast_to,
     check_rows,
@@ -33,12 +33,14 @@ def linear_gelu(
     count: torch.Tensor | None = None,
     deterministic: bool = False,
     backend: str = "auto",
+    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """GELU(x @ weightᵀ + bias).
 
     x: [N, K]; weight: [M, K]; bias: [M] or None. approximate: ``"none"`` (exact erf) or ``"tanh"``.
     count: int32 [1] on x's device; rows from it on are never read and hold anything in the result. None: all are real.
     deterministic: a row gives bitwise the same whatever it is batched with; the backward pass is the same from run to run.
+    packed: as in ``linear``.
     Under autocast computes in its dtype. Returns [N, M]. Raises ValueError naming the argument that does not fit.
     """
     check_rows(x, count)
@@ -48,7 +50,7 @@ def linear_gelu(
     x, weight, bias = autocast_to(x, weight, bias)
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
     save = torch.is_grad_enabled() and needs_grad
-    y, _ = _forward(x, weight, bias, approximate, save, count, deterministic, backend)
+    y, _ = _forward(x, weight, bias, approximate, save, count, deterministic, backend, packed)
     return y
 
 
@@ -64,13 +66,12 @@ def linear_gelu_backward_ref(dy, u, x, weight, has_bias, approximate="none", cou
     return linear_backward_ref(du, real_rows(x, count), weight, has_bias)
 
 
-def _forward_implementation(x, weight, bias, approximate, save_preactivation, count, deterministic, backend):
-    facts = facts_of(x, device_rows=count is not None, deterministic=deterministic)
-    run = dispatch.choose("linear_gelu", facts, backend).run
-    return run(x, weight, bias, approximate, save_preactivation, count, deterministic)
+def _forward_implementation(x, weight, bias, approximate, save_preactivation, count, deterministic, backend, packed=None):
+    choice = dispatch.choose("linear_gelu", facts_of(x, device_rows=count is not None, deterministic=deterministic), backend)
+    return choice.run(x, weight, bias, approximate, save_preactivation, count, deterministic, *only_cpp(choice, packed))
 
 
-def _forward_fake(x, weight, bias, approximate, save_preactivation, count, deterministic, backend):
+def _forward_fake(x, weight, bias, approximate, save_preactivation, count, deterministic, backend, packed=None):
     shape = (x.shape[0], weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape if save_preactivation else (0,))
 
@@ -86,7 +87,7 @@ def _backward_fake(dy, u, x, weight, has_bias, approximate, count, backend):
 
 _forward = define(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str approximate, bool save_preactivation, "
-    "Tensor? count, bool deterministic, str backend) -> (Tensor, Tensor)",
+    "Tensor? count, bool deterministic, str backend, Tensor? packed=None) -> (Tensor, Tensor)",
     _forward_implementation,
     _forward_fake,
 )
@@ -99,7 +100,7 @@ _backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.approximate, _, count, _, ctx.backend = inputs
+    x, weight, bias, ctx.approximate, _, count, _, ctx.backend, _ = inputs
     _, u = output
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(u)
@@ -109,7 +110,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, dy, _du):
     u, x, weight, count = ctx.saved_tensors
     dx, dweight, dbias = _backward(dy.contiguous(), u, x, weight, ctx.has_bias, ctx.approximate, count, ctx.backend)
-    return dx, dweight, dbias if ctx.has_bias else None, *[None] * 5
+    return dx, dweight, dbias if ctx.has_bias else None, *[None] * 6
 
 
 register_autograd("linear_gelu", _autograd_backward, _setup_context)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from roberta_fast import dispatch
 from roberta_fast.kernels.linear import tile_for
 from roberta_fast.ops import linear
-from roberta_fast.ops.linear import linear_backward_ref, linear_ref
+from roberta_fast.ops.linear import linear_backward_ref, linear_ref, prepack
 from roberta_fast.testing import assert_close_as_torch, poisoned
 
 operator = torch.ops.roberta_fast.linear.default
@@ -102,6 +102,26 @@ def composed(case, inputs, dy):
         zip(("dx", "dweight", "dbias", "dresidual"), (None if t is None else next(gradients) for t in leaves), strict=True)
     )
     return {"y": y.detach()} | named
+
+
+@pytest.mark.skipif(
+    dispatch.load_cpp() is not None or not torch.ops.roberta_fast_cpp.prepack_is_available(), reason="there is no MKL"
+)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
+def test_prepacked_weights(name):
+    """Backends that read weight itself pass over the argument."""
+    case = CASES[name]
+    inputs, _ = case.inputs()
+    (x, residual), count = hide(case, (inputs[0], inputs[3]))
+    exact, composition = linear_ref(*in_double(inputs)), linear_ref(*inputs)
+    for backend in ("cpp", "torch"):
+        if backend == "torch" and (x.shape[0] != case.rows or count is not None):
+            continue
+        y = linear(x, *inputs[1:3], residual=residual, count=count, backend=backend, packed=prepack(inputs[1]))
+        assert_close_as_torch(y[: case.rows], composition, exact, factor=2.0, name=backend)
+    if case.rows and case.inner > 1:
+        with pytest.raises(ValueError, match="packed must have shape"):
+            linear(x, *inputs[1:3], residual=residual, count=count, backend="cpp", packed=prepack(inputs[1])[1:])
 
 
 def in_double(inputs):

@@ -1,0 +1,53 @@
+"""Weights in MKL's layout, for inference on the CPU: made at their first use, and anew where they have changed since.
+
+They stand beside the parameters, in a table of this module, and are freed with them. So modules, ``state_dict()``, copies and
+pickles know nothing of them, and training, which changes weights at every step, does without.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from roberta_fast.families import is_plain
+from roberta_fast.ops.linear import prepack, prepack_objection
+
+
+class _Packed(NamedTuple):
+    """A packed weight, and what tells whether the weight is still the one that was packed."""
+
+    packed: torch.Tensor
+    state: tuple[int, int | None]
+
+
+_table = WeakIdKeyDictionary()  # of the weights
+
+
+def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
+    """``weight`` [M, K] as ``ops.linear`` takes it packed, or None where it cannot be."""
+    if type(weight) not in (torch.Tensor, nn.Parameter):
+        return None
+    if not is_packed(weight):
+        if prepack_objection(weight):
+            return None
+        _table[weight] = _Packed(prepack(weight.detach()), _state(weight))
+    return _table[weight].packed
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether ``weight`` was packed as it is now."""
+    found = _table.get(weight)
+    return found is not None and found.state == _state(weight)
+
+
+def _state(weight):
+    """Where the weight lies and how often it was written. As autograd, it sees no write through ``weight.data``."""
+    return weight.data_ptr(), None if weight.is_inference() else weight._version
+
+
+def forget(model: nn.Module) -> None:
+    """Frees what was made for the linear modules of ``model``; it is made anew where it is used again."""
+    for module in model.modules():
+        if is_plain(module, nn.Linear):
+            _table.pop(module.weight, None)
