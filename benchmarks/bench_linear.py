@@ -1,4 +1,4 @@
-"""GEMMs at the models' shapes: torch's libraries, and the kernel that reads its number of rows on the device."""
+"""GEMMs at the models' shapes: torch's libraries, packed weights, and the kernel whose number of rows the device knows."""
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from roberta_fast.benchmarks.operations import (
     parameters,
     run_benchmark,
 )
-from roberta_fast.ops.linear import linear_ref
+from roberta_fast.ops.linear import linear_ref, prepack_objection
+from roberta_fast.prepacked import packed_weight
 
 
 def cases(device: str, sizes: shapes.OperationSizes):
@@ -48,6 +49,7 @@ def _case(device, size, rows, n, k, direction):
             **{f"roberta_fast {b}, count on the device": ours(b) for b in kernels_for("linear", facts(device, device_rows=True))},
             **{f"torch {library}": Contender(_with_library(library)) for library in libraries},
             **({} if libraries else {"torch": Contender(linear)}),
+            **({"roberta_fast cpp, prepacked": Contender(_prepacked)} if _prepacks(device, direction) else {}),
         },
         reference=linear_ref,
     )
@@ -58,6 +60,14 @@ def gemm_inputs(device: str, rows: int, n: int, k: int) -> tuple[torch.Tensor, .
     x = torch.randn(rows, k, device=device)
     weight = torch.randn(n, k, device=device) * k**-0.5
     return tuple(t.to(DTYPES[device]) for t in (x, weight, torch.randn(n, device=device)))
+
+
+def _prepacks(device, direction):
+    return direction == FORWARD and prepack_objection(torch.empty(0, device=device)) is None
+
+
+def _prepacked(x, weight, bias):
+    return ops.linear(x, weight, bias, packed=packed_weight(weight))
 
 
 def _with_library(library):

@@ -139,15 +139,17 @@ def run(argv: list[str]) -> int:
 
 
 def scores(case: Case, given: argparse.Namespace, folder: Path) -> dict:
-    """The metrics of each side and seed. Their models stay in ``folder``. Times are in ``speed``."""
-    runs = {side: [] for side in given.sides}
+    """The metrics of each side and seed; runs of the same command that were saved before stay. Models stay in ``folder``."""
     command = command_of(case, given)
-    for seed in given.seeds.split(","):
+    before = saved(given.results)["cases"].get(folder.name, {}).get("scores", {})
+    runs = before["runs"] if before.get("command") == shown(command, given) else {}
+    for seed in map(int, given.seeds.split(",")):
         for side in given.sides:
             out = folder / f"{side}-{seed}"
-            metrics = finetune([*command, "--seed", seed, *STOCK[side]], out, given.threads)
+            metrics = finetune([*command, "--seed", str(seed), *STOCK[side]], out, given.threads)
             kept = {k: round(v, 5) for k, v in metrics.items() if k.startswith("eval_") and "per_second" not in k}
-            runs[side].append({"seed": int(seed)} | kept)
+            others = [run for run in runs.get(side, []) if run["seed"] != seed]
+            runs[side] = sorted([*others, {"seed": seed} | kept], key=lambda run: run["seed"])
             print(f"{folder.name}, {side}, seed {seed}: {kept[case.score]}", flush=True)
     spread = {side: _mean_std([run[case.score] for run in rows]) for side, rows in runs.items()}
     return {
@@ -257,12 +259,17 @@ def prepare(data: Path, work: Path) -> None:
         config.save_pretrained(work / "small")
 
 
+def saved(path: Path) -> dict:
+    """What ``path`` holds."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cases": {}}
+
+
 def save(path: Path, name: str, part: str, result: dict) -> None:
     """Puts one part of a case into ``path``, in place of an earlier one; others stay."""
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cases": {}}
-    saved["cases"].setdefault(name, {})[part] = result
+    results = saved(path)
+    results["cases"].setdefault(name, {})[part] = result
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _mean_std(values):
