@@ -51,12 +51,20 @@ CASES = {
         "eval_accuracy",
         ("--learning_rate", "1e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "512", "--num_train_epochs", "3"),
     ),
+    "sst2-part": Case(
+        "classification",
+        "sst2/train.tsv",
+        "sst2/validation.tsv",
+        "eval_accuracy",
+        ("--learning_rate", "1e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "512", "--num_train_epochs", "1"),
+        (12000, None),
+    ),
     "zh-reviews": Case(
         "classification",
         "zh/reviews.train.tsv",
         "zh/reviews.validation.tsv",
         "eval_accuracy",
-        ("--learning_rate", "5e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "4"),
+        ("--learning_rate", "5e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "3"),
         from_scratch=True,
     ),
     "btc": Case(
@@ -64,14 +72,14 @@ CASES = {
         "btc.train.conll",
         "ner/btc/f.conll",
         "eval_f1",
-        ("--learning_rate", "3e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "5"),
+        ("--learning_rate", "3e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "2"),
     ),
     "wikigold": Case(
         "ner",
         "wikigold.train.conll",
         "wikigold.validation.conll",
         "eval_f1",
-        ("--learning_rate", "3e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "8"),
+        ("--learning_rate", "3e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "4"),
     ),
     "squad": Case(
         "qa",
@@ -79,16 +87,16 @@ CASES = {
         "squad/dev-v1.1.json",
         "eval_f1",
         ("--learning_rate", "2e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "4096", "--num_train_epochs", "2"),
-        (8000, 1000),
+        (2000, 500),
     ),
     "multi30k": Case(
         "translation",
         "multi30k/train",
         "multi30k/val",
         "eval_bleu",
-        ("--learning_rate", "3e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "3", "--decoder_vocab_size", "6000")
+        ("--learning_rate", "3e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "2", "--decoder_vocab_size", "6000")
         + ("--num_beams", "4", "--max_target_length", "48"),
-        (5000, 200),
+        (3000, 100),
     ),
     "austen": Case(
         "generation",
@@ -96,7 +104,7 @@ CASES = {
         "austen.validation.txt",
         "eval_perplexity",
         ("--learning_rate", "3e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "1"),
-        (3000, None),
+        (2000, None),
     ),
 }
 
