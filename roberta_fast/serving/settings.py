@@ -24,6 +24,7 @@ class Settings:
     dtype: str = "float32"
     precision: str | None = None
     deterministic: bool = False
+    prepack: bool = False
     stock: bool = False
     pooling: str | None = None
     threads: int | None = None

@@ -65,9 +65,10 @@ def greedy(folder, task, feed, count):
     return made[0, begun:].tolist()
 
 
+@pytest.mark.parametrize("prepack", [False, True], ids=["", "prepack"])
 @pytest.mark.parametrize("task", TASKS)
-def test_texts_are_the_model_s_own(engine, model_folder, task):
-    ours = engine(task)
+def test_texts_are_the_model_s_own(engine, model_folder, task, prepack):
+    ours = engine(task, prepack=prepack)
     feeds = feeds_of(ours, max_new_tokens=10, num_beams=1)
     own = [greedy(model_folder(task), task, feed, 10) for feed in feeds]
     assert ids_of(ours, feeds) == own and len({tuple(ids) for ids in own}) == len(TEXTS)

@@ -361,7 +361,7 @@ def test_on_from_fairseq(tmp_path, capsys):
     ({"config_overrides": "hidden_sise=3"}, "--config_overrides 'hidden_sise=3'"),
     ({"config_overrides": "hidden_size=63"}, "hidden_size=63 is no multiple of num_attention_heads=2"),
     ({"mlm_probability": 1.5}, "mlm_probability must be between 0 and 1, got 1.5"),
-    ({"max_seq_length": 2}, "max_tokens=2 leaves no room"),
+    ({"max_seq_length": 2}, "--max_seq_length 2 leaves no room"),
     ({"global_batch_size": 64, "gradient_accumulation_steps": 3}, "makes 8 micro-batches, and gradient_accumulation_steps=3"),
     ({"deterministic": True, "bf16": True}, "deterministic=True computes in float32"),
     ({"recipe": "bert"}, "--recipe 'bert' is not one of roberta, modern"),

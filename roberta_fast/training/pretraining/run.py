@@ -85,6 +85,8 @@ def corpus_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def build_model(run: RunArguments, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> PreTrainedModel:
     """The model that is trained, from scratch or from a checkpoint. Raises ValueError where it does not fit the tokenizer."""
+    if max_seq_length <= 2:
+        raise ValueError(f"--max_seq_length {max_seq_length} leaves no room for a token beside <s> and </s>")
     if run.model_name_or_path is None:
         ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
         dropout = {"attention_probs_dropout_prob": run.attention_dropout, "hidden_dropout_prob": run.hidden_dropout}
