@@ -64,7 +64,8 @@ CASES = {
         "zh/reviews.train.tsv",
         "zh/reviews.validation.tsv",
         "eval_accuracy",
-        ("--learning_rate", "5e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "3"),
+        ("--learning_rate", "5e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "2"),
+        (5000, 1000),
         from_scratch=True,
     ),
     "btc": Case(
@@ -73,6 +74,7 @@ CASES = {
         "ner/btc/f.conll",
         "eval_f1",
         ("--learning_rate", "3e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "2"),
+        (3000, 1000),
     ),
     "wikigold": Case(
         "ner",
@@ -86,17 +88,17 @@ CASES = {
         "squad/train-v1.1.json",
         "squad/dev-v1.1.json",
         "eval_f1",
-        ("--learning_rate", "2e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "4096", "--num_train_epochs", "2"),
-        (2000, 500),
+        ("--learning_rate", "2e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "1"),
+        (1200, 300),
     ),
     "multi30k": Case(
         "translation",
         "multi30k/train",
         "multi30k/val",
         "eval_bleu",
-        ("--learning_rate", "3e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "2", "--decoder_vocab_size", "6000")
+        ("--learning_rate", "3e-4", "--tokens_per_batch", "2048", "--num_train_epochs", "1", "--decoder_vocab_size", "6000")
         + ("--num_beams", "4", "--max_target_length", "48"),
-        (3000, 100),
+        (2000, 100),
     ),
     "austen": Case(
         "generation",

@@ -6,6 +6,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -57,6 +58,15 @@ void load_operators() {
   }
 }
 
+// A number that changes where the floats from address on do, but for a change of few of them: it reads 64 of count (FNV-1a).
+uint64_t fingerprint(uintptr_t address, int64_t count) {
+  const auto* bits = reinterpret_cast<const uint32_t*>(address);
+  const int64_t step = std::max<int64_t>(1, count / 64);
+  uint64_t hash = 0xCBF29CE484222325;
+  for (int64_t i = 0; i < count; i += step) hash = (hash ^ bits[i]) * 0x100000001B3;
+  return hash;
+}
+
 // Arrays are taken as they are or refused: a silent copy would cost more than the work.
 template <class Element>
 using Array = py::array_t<Element, py::array::c_style>;
@@ -95,9 +105,10 @@ void mask_tokens(Array<int64_t> ids, Array<int64_t> labels, uint64_t seed, uint3
                           std::to_string(labels.size()));
   if (replacements.size() == 0) throw py::value_error("replacements must not be empty");
   const auto [select, mask, random] = below;
-  const roberta_fast::MaskingRule rule{select,       mask, random, mask_id, replacements.data(), replacements.size(), kinds.data(),
-                                       kinds.size(), whole_words};
-  const int64_t wrong = roberta_fast::mask_tokens(ids.mutable_data(), labels.mutable_data(), ids.size(), rule, seed, epoch, index);
+  const roberta_fast::MaskingRule rule{select,       mask,         random,     mask_id, replacements.data(), replacements.size(),
+                                       kinds.data(), kinds.size(), whole_words};
+  const int64_t wrong =
+      roberta_fast::mask_tokens(ids.mutable_data(), labels.mutable_data(), ids.size(), rule, seed, epoch, index);
   if (wrong >= 0)
     throw py::value_error("id " + std::to_string(ids.at(wrong)) + " is outside of the vocabulary of " +
                           std::to_string(kinds.size()));
@@ -109,10 +120,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Operators for CPU tensors (torch.ops.roberta_fast_cpp), how they were built, and the data work of pretraining.";
   m.def("build_info", &build_info,
         "Compiler, C++ standard, flags, instruction sets chosen from at run time, torch version, CUDA version or None.");
+  m.def("fingerprint", &fingerprint, py::arg("address"), py::arg("count"), "prepacked.py: some of the floats at an address.");
   m.def("full_sentences", &full_sentences, py::arg("sentence_lengths").noconvert(), py::arg("document_sentences").noconvert(),
         py::arg("capacity"), py::arg("per_block"), py::arg("per_piece"), "blocks.full_sentences_ref.");
-  m.def("mask_tokens", &mask_tokens, py::arg("ids").noconvert(), py::arg("labels").noconvert(), py::arg("seed"),
-        py::arg("epoch"), py::arg("index"), py::arg("below"), py::arg("mask_id"), py::arg("replacements").noconvert(),
-        py::arg("kinds").noconvert(), py::arg("whole_words"), "masking.mask_ref, in place.");
+  m.def("mask_tokens", &mask_tokens, py::arg("ids").noconvert(), py::arg("labels").noconvert(), py::arg("seed"), py::arg("epoch"),
+        py::arg("index"), py::arg("below"), py::arg("mask_id"), py::arg("replacements").noconvert(), py::arg("kinds").noconvert(),
+        py::arg("whole_words"), "masking.mask_ref, in place.");
   load_operators();
 }

@@ -34,8 +34,8 @@ class FastOptions:
         the two products of a feed-forward block, a quarter of what a layer keeps; ``"layer"``, every layer from its input.
     prepack: True computes inference in float32 on the CPU from copies of the layers' linear weights in MKL's layout. They are
         made at their first use, and again where the weights have changed since, and take those weights' memory once more. A
-        change written through ``weight.data`` goes unseen until ``accelerate_model`` is called again. Calls that record
-        gradients, and ``torch.compile``, do without. Not with ``deterministic``.
+        write through ``weight.data`` that changes few of its numbers may go unseen until ``accelerate_model`` is called again.
+        Calls that record gradients, and ``torch.compile``, do without. Not with ``deterministic``.
     Raises ValueError for any other value.
     """
 

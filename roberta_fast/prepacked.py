@@ -18,7 +18,7 @@ class _Packed(NamedTuple):
     """A packed weight, and what tells whether the weight is still the one that was packed."""
 
     packed: torch.Tensor
-    state: tuple[int, int | None]
+    state: tuple
 
 
 _table = WeakIdKeyDictionary()  # of the weights
@@ -42,8 +42,15 @@ def is_packed(weight: torch.Tensor) -> bool:
 
 
 def _state(weight):
-    """Where the weight lies and how often it was written. As autograd, it sees no write through ``weight.data``."""
-    return weight.data_ptr(), None if weight.is_inference() else weight._version
+    """What tells a weight from what it was: where it lies, how often autograd saw it written, and, for writes through
+    ``weight.data``, some of its numbers."""
+    served = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    numbers = None
+    if served:
+        from roberta_fast._C import fingerprint
+
+        numbers = fingerprint(weight.data_ptr(), weight.numel())
+    return weight.data_ptr(), None if weight.is_inference() else weight._version, numbers
 
 
 def forget(model: nn.Module) -> None:

@@ -101,11 +101,21 @@ def test_weights_that_change_are_packed_anew(model, stock, inputs):
     assert_same(model, stock, inputs)
 
 
-def test_a_write_that_autograd_does_not_see(model, stock, inputs):
+def test_writes_that_autograd_does_not_see(model, stock, inputs):
+    """As averaging of weights makes them, and the merging of adapters."""
+    for change in (lambda data: data.mul_(1.1), lambda data: data.add_(torch.full_like(data, 1e-3))):
+        logits(model, inputs)
+        for m in (model, stock):
+            for parameter in m.parameters():
+                change(parameter.data)
+        assert packed(model) == 0
+        assert_same(model, stock, inputs)
+
+
+def test_a_single_number_written_through_data_needs_a_call(model, stock, inputs):
     logits(model, inputs)
     for m in (model, stock):
-        for parameter in m.parameters():
-            parameter.data.mul_(1.1)
+        m.roberta.encoder.layer[0].attention.self.value.weight.data[3, 5] += 5
     assert not torch.allclose(logits(model, inputs), logits(stock, inputs), rtol=1e-3), "as the option's text says"
     assert_same(accelerate_model(model, prepack=True), stock, inputs)
 
