@@ -13,7 +13,8 @@ _library = torch.library.Library("roberta_fast", "DEF")
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Defines ``roberta_fast::<schema>`` for every device, with its shape function, and returns a function that calls it.
+    """Defines ``roberta_fast::<schema>`` for every device, with its shape function, and returns a function that calls it. Its
+    attribute ``unwatched`` is for callers that know that theirs ``is_plain_call``.
 
     implementation: picks a backend by ``dispatch.choose`` and runs it; its results never alias its arguments.
     fake: returns empty tensors of the right shapes, dtypes and strides, for tracing and compilation.
@@ -35,6 +36,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     def call(*arguments):
         return run(*arguments) if is_plain_call(arguments) else operator(*arguments)
 
+    call.unwatched = run
     return call
 
 
@@ -45,7 +47,11 @@ def is_plain_call(arguments: tuple) -> bool:
         return False
     records = torch.is_grad_enabled()
     for argument in arguments:
-        if isinstance(argument, torch.Tensor) and (type(argument) not in _PLAIN or (records and argument.requires_grad)):
+        kind = type(argument)
+        if kind in _PLAIN:
+            if records and argument.requires_grad:
+                return False
+        elif kind not in _VALUES and isinstance(argument, torch.Tensor):
             return False
     return True
 
@@ -56,7 +62,8 @@ def is_transformed() -> bool:
 
 
 TRANSFORMED = "a torch.func transform or forward-mode differentiation"
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_VALUES = {type(None), bool, int, float, str}  # known to be no tensors, which asking torch takes longer
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
