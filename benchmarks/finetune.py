@@ -89,7 +89,7 @@ CASES = {
         "squad/dev-v1.1.json",
         "eval_f1",
         ("--learning_rate", "2e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "1"),
-        (1200, 300),
+        (600, 200),
     ),
     "multi30k": Case(
         "translation",
