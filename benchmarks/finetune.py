@@ -290,14 +290,16 @@ def save(path: Path, name: str, part: str, result: dict) -> None:
 
 def table(results: dict) -> str:
     """The results in Markdown, a row a case."""
-    rows = ["| data | trained on | score | fast | stock | times faster | 8 bits |", "|---|---:|---|---:|---:|---:|---:|"]
+    rows = ["| data | trained on | score | fast: score, loss | stock: score, loss | times faster | 8 bits |"]
+    rows.append("|---|---:|---|---:|---:|---:|---:|")
     for name, parts in results["cases"].items():
         case, found = CASES[name], parts.get("scores", {})
         percent = 1 if case.score in ("eval_bleu", "eval_perplexity") or case.task == "qa" else 100
-        cells = [name, f"{case.examples[0]:,}" if case.examples[0] else "all", case.score.removeprefix("eval_")]
+        trained_on = found.get("command", "").partition("--max_train_samples ")[2].split(" ")[0]
+        cells = [name, f"{int(trained_on):,}" if trained_on else "all", case.score.removeprefix("eval_")]
         for side in ("fast", "stock"):
-            values = [percent * run[case.score] for run in found.get("runs", {}).get(side, [])]
-            cells.append(", ".join(f"{value:.2f}" for value in values) or "–")
+            runs = found.get("runs", {}).get(side, [])
+            cells.append("; ".join(f"{percent * run[case.score]:.2f}, {run['eval_loss']:.3f}" for run in runs) or "–")
         cells.append(f"{parts['speed']['times_faster']['median']:.2f}" if "speed" in parts else "–")
         cells.append(f"{-parts['int8']['drop_in_points']['mean']:+.2f}" if "int8" in parts else "–")
         rows.append(f"| {' | '.join(cells)} |")
