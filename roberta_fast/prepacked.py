@@ -28,11 +28,12 @@ def packed_weight(weight: torch.Tensor) -> torch.Tensor | None:
     """``weight`` [M, K] as ``ops.linear`` takes it packed, or None where it cannot be."""
     if type(weight) not in (torch.Tensor, nn.Parameter):
         return None
-    if not is_packed(weight):
+    found, state = _table.get(weight), _state(weight)
+    if found is None or found.state != state:
         if prepack_objection(weight):
             return None
-        _table[weight] = _Packed(prepack(weight.detach()), _state(weight))
-    return _table[weight].packed
+        _table[weight] = found = _Packed(prepack(weight.detach()), state)
+    return found.packed
 
 
 def is_packed(weight: torch.Tensor) -> bool:

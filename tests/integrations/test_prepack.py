@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from roberta_fast import FastOptions, accelerate_model, check_parity, dispatch, explain, prepacked, restore_model
-from roberta_fast.ops.linear import prepack
+from roberta_fast.ops.linear import linear, prepack
 from roberta_fast.testing import MASKS, random_inputs, randomize, tiny_config
 
 pytestmark = pytest.mark.skipif(
@@ -76,9 +76,9 @@ def test_a_real_model(checkpoint):
 
 def test_weights_that_change_are_packed_anew(model, stock, inputs):
     assert_same(model, stock, inputs)
-    linear, other = (m.roberta.encoder.layer[0].intermediate.dense for m in (model, stock))
+    ours, other = (m.roberta.encoder.layer[0].intermediate.dense for m in (model, stock))
     with torch.no_grad():
-        linear.weight.mul_(2)
+        ours.weight.mul_(2)
         other.weight.mul_(2)
     assert packed(model) == LINEARS * 3 - 1
     assert_same(model, stock, inputs)
@@ -93,8 +93,8 @@ def test_weights_that_change_are_packed_anew(model, stock, inputs):
         optimizer.step()
     assert packed(model) == 0
     assert_same(model, stock, inputs)
-    linear.weight = torch.nn.Parameter(torch.randn_like(linear.weight))
-    other.weight = linear.weight
+    ours.weight = torch.nn.Parameter(torch.randn_like(ours.weight))
+    other.weight = ours.weight
     assert_same(model, stock, inputs)
     for m in (model, stock):
         m.double().float()
@@ -183,6 +183,21 @@ def test_threads_share_a_model(model, stock, inputs):
     assert len(got) == 8
     for found in got:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 700])
+def test_any_number_of_threads_multiplies_what_another_packed(rows):
+    x, weight = torch.randn(rows, 384), torch.randn(1152, 384)
+    wanted = x.double() @ weight.double().mT
+    before = torch.get_num_threads()
+    try:
+        for packing, multiplying in ((1, 2), (2, 1), (3, 2)):
+            torch.set_num_threads(packing)
+            packed_now = prepack(weight)
+            torch.set_num_threads(multiplying)
+            torch.testing.assert_close(linear(x, weight, packed=packed_now).double(), wanted, rtol=1e-4, atol=1e-3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_generation_by_decoders():
