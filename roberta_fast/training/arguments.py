@@ -284,6 +284,7 @@ def _parser(command, description, types, epilog=None):
         prog=f"roberta-fast {command}",
         description=description,
         epilog=epilog,
+        allow_abbrev=False,  # a flag that is mistyped is no flag
         formatter_class=lambda prog: _Help(prog, max_help_position=34, width=130),
     )
     return parser

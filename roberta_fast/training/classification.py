@@ -99,6 +99,8 @@ class Classification(FineTuning):
             if value is None or value == "":
                 raise learned.error(row, f"{self.label_column} is empty")
         self.problem_type = self.data_args.problem_type or _kind(values)
+        if self.problem_type == SINGLE and not self.data_args.problem_type:
+            self._refuse_odd_number(learned, values)
         if self.problem_type == REGRESSION:
             self.labels = ["value"]
         else:
@@ -140,6 +142,14 @@ class Classification(FineTuning):
             targets.append(chosen[0] if self.problem_type == SINGLE else [float(i in chosen) for i in range(len(self.labels))])
         return targets
 
+    def _refuse_odd_number(self, table, values):
+        """Raises DataError at the one label of ten or more that is no number where the others are, with decimal points."""
+        numbers = [isinstance(value, str) and _is_number(value) for value in values]
+        odd = [row for row, is_number in enumerate(numbers) if not is_number]
+        if 0 < 10 * len(odd) <= len(values) and any("." in value for value in values if isinstance(value, str)):
+            reason = f"{self.label_column} {values[odd[0]]!r} is no number, as the others are; --problem_type says what they are"
+            raise table.error(odd[0], reason)
+
     def build_model(self) -> PreTrainedModel:
         # A head for other labels begins anew.
         return self.load_model(AutoModelForSequenceClassification, ignore_mismatched_sizes="train" in self.tables)
@@ -167,7 +177,7 @@ class Classification(FineTuning):
 
     def trainer_options(self) -> dict:
         given = self.data_args.class_weights
-        if not given:
+        if not given or "train" not in self.targets:
             return {}
         if self.problem_type != SINGLE:
             raise ValueError(f"class_weights={given!r} are for one label a text, not for {self.problem_type}")

@@ -245,8 +245,12 @@ def check_answer(place: str, context: str, text: str, start: int) -> None:
 
 def read_lines(path: str | Path) -> Table:
     """The lines of a text file that are not empty, as the column ``text``."""
-    kept = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    kept = [(number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
     return Table(str(path), {"text": [line for _, line in kept]}, [number for number, _ in kept])
+
+
+def _lines(path):
+    return read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
 def read_parallel(source: str | Path, target: str | Path) -> Table:
@@ -254,7 +258,7 @@ def read_parallel(source: str | Path, target: str | Path) -> Table:
 
     Raises DataError where one has more lines than the other, or a line is empty.
     """
-    sides = [read_text(path).rstrip("\n").split("\n") for path in (source, target)]
+    sides = [_lines(path) for path in (source, target)]
     if len(sides[0]) != len(sides[1]):
         raise DataError(f"{source} has {len(sides[0])} lines, but {target} has {len(sides[1])}: they must be translations")
     for path, side in zip((source, target), sides, strict=True):

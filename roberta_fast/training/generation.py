@@ -43,6 +43,10 @@ class Generation(FineTuning):
         self.check_length(given.block_size, "block_size")
         if given.temperature <= 0:
             raise ValueError(f"temperature={given.temperature} must be above 0; --no-do-sample takes the likeliest token")
+        if given.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={given.max_new_tokens} must be at least 1")
+        if not 0 < given.top_p <= 1:
+            raise ValueError(f"top_p={given.top_p} must be above 0 and at most 1")
         self.begin, self.end = text_bounds(self.tokenizer)
         if None in (self.begin, self.end):
             raise ValueError(

@@ -46,11 +46,21 @@ class Ner(FineTuning):
             self._check_tokens(table)
         for table in self.tagged.values():
             self._check_tags(table)
-        found = [tag for table in self.tagged.values() for tags in table.column(self.tag_column) for tag in tags]
-        self.has_entities = all(map(_ENTITY_TAG.fullmatch, found))
+        found = {tag for table in self.tagged.values() for tags in table.column(self.tag_column) for tag in tags}
+        prefixed = set(filter(_ENTITY_TAG.fullmatch, found))
+        self.has_entities = found == prefixed
+        if "O" in found and len(found) / 2 < len(prefixed) < len(found):
+            self._refuse_tags(found - prefixed)
         self._decide_labels()
         self.tags = {split: self._ids_of(table) for split, table in self.tagged.items()}
         self.windows = {}
+
+    def _refuse_tags(self, odd):
+        for table in self.tagged.values():
+            for row, tags in enumerate(table.column(self.tag_column)):
+                for place, tag in enumerate(tags):
+                    if tag in odd:
+                        raise self._error(table, row, place, f"the tag {tag!r} is neither O nor B-TYPE or I-TYPE, as others are")
 
     def _check_tokens(self, table):
         for row, tokens in enumerate(table.column(self.token_column)):

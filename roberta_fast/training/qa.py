@@ -4,7 +4,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,12 @@ class QuestionAnswering(FineTuning):
             given = answers[row]
             if not isinstance(given, Mapping) or {"text", "answer_start"} - given.keys():
                 raise table.error(row, f"answers must hold lists under text and answer_start, got {given!r:.80}")
-            for text, start in zip(given["text"], given["answer_start"], strict=True):
+            parts = given["text"], given["answer_start"]
+            if any(isinstance(part, (str, Mapping)) or not isinstance(part, Sized) for part in parts):
+                raise table.error(row, f"text and answer_start of answers must be lists, got {given!r:.80}")
+            if len(parts[0]) != len(parts[1]):
+                raise table.error(row, f"answers has {len(parts[0])} text, but {len(parts[1])} answer_start")
+            for text, start in zip(*parts, strict=True):
                 check_answer(f"{table.path}, {table.where} {table.lines[row]}", context, text, start)
         columns = {
             "id": [str(i) for i in table.lines],

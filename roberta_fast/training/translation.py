@@ -74,6 +74,8 @@ class Translation(FineTuning):
     def prepare(self) -> None:
         require_extra("sacrebleu")
         given = self.data_args
+        if given.num_beams < 1:
+            raise ValueError(f"num_beams={given.num_beams} must be at least 1")
         self.is_trained = self.config.model_type == "encoder-decoder"
         if "train" not in self.tables and not self.is_trained:
             path = self.model_args.model_name_or_path

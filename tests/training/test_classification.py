@@ -159,9 +159,8 @@ def test_chinese_by_words(tmp_path, tiny_checkpoint):
 @pytest.mark.parametrize("weights", ["balanced", "0.2,1"])
 def test_class_weights(weights, tmp_path, tiny_checkpoint):
     train = reviews(tmp_path / "train.tsv", 12)
-    assert run(tmp_path, tiny_checkpoint, train, class_weights=weights, num_train_epochs=1, optim="adafactor").metrics[
-        "train_loss"
-    ]
+    result = run(tmp_path, tiny_checkpoint, train, class_weights=weights, num_train_epochs=1, optim="adafactor")
+    assert result.metrics["train_loss"] and len(predict(result.output_dir, train)) == 12, "they are for training"
 
 
 @pytest.mark.parametrize("kind", ["dict", "files"])
@@ -243,6 +242,13 @@ BAD_INPUT = [
         "text,label\nx,1\n",
         {"num_train_epochs": -1},
         "num_train_epochs=-1 must be above 0",
+    ),
+    (
+        "one label that is no number",
+        "text,label\n" + "".join(f"x,{i}.5\n" for i in range(10)) + 'y,"4,5"\n',
+        "text,label\nx,1.5\n",
+        {},
+        "train.csv, line 12: label '4,5' is no number, as the others are",
     ),
     (
         "weights",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_tasks import reviews
 
+from roberta_fast.cli import main
 from roberta_fast.training import FineTuningArguments, arguments
 from roberta_fast.training.checkpoints import last_complete_checkpoint
 from roberta_fast.training.cli import TASKS, run
@@ -115,8 +116,9 @@ def test_a_config_that_does_not_fit(name, text, message, tmp_path):
 
 
 def test_a_flag_that_does_not_exist():
-    with pytest.raises(SystemExit, match="finetune classification: '--learning_rte' is no flag of this command"):
-        parsed("--learning_rte", "3")
+    for flag in ("--learning_rte", "--learning_rat"):
+        with pytest.raises(SystemExit, match=f"finetune classification: '{flag}' is no flag of this command"):
+            parsed(flag, "3")
 
 
 def test_a_missing_extra_is_one_line():
@@ -124,12 +126,15 @@ def test_a_missing_extra_is_one_line():
         arguments.require_extra("no_such_module")
 
 
-def test_wrong_input_is_one_line_and_no_traceback(tmp_path, tiny_checkpoint):
+def test_wrong_input_is_one_line_and_no_traceback(tmp_path, tiny_checkpoint, capsys):
     (tmp_path / "bad.tsv").write_text("sentence\tlabel\na\t1\nb\n")
     files = ["--train_file", tmp_path / "bad.tsv", "--output_dir", tmp_path / "out"]
     done = command(BIN / "roberta-fast", "finetune", "classification", "--model_name_or_path", tiny_checkpoint, *files, *QUICK)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].endswith("bad.tsv, line 3: 1 fields, but the header has 2: sentence, label")
+    with pytest.raises(SystemExit):
+        main(["predict", "--model", tiny_checkpoint, "--file", str(tmp_path / "bad.tsv"), "--output", str(tmp_path)])
+    assert f"--output {tmp_path} is a folder" in capsys.readouterr().err
     missing = command(BIN / "roberta-fast", "predict", "--model", tmp_path, "--file", tmp_path / "bad.tsv")
     assert missing.returncode == 1 and "there is no finetune.json" in missing.stderr.splitlines()[-1]
 

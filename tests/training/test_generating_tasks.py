@@ -77,6 +77,10 @@ def test_translation_stops_before_training(tmp_path, tiny_checkpoint):
         byte_level_bpe(["a"], 100)
     with pytest.raises(ValueError, match="max_target_length=600, but the model has 128 positions"):
         translate(tmp_path, tiny_checkpoint, translations(tmp_path / "t", 4), None, max_target_length=600)
+    for side in ("en", "de"):
+        (tmp_path / f"a.{side}").write_text("a\n")
+    with pytest.raises(ValueError, match="num_beams=0 must be at least 1"):
+        translate(tmp_path, tiny_checkpoint, str(tmp_path / "a"), None, num_beams=0)
 
 
 def generate(folder, checkpoint, **flags):
@@ -116,8 +120,13 @@ def test_generation_stops_before_training(tmp_path, tiny_checkpoint):
     file = str(tmp_path / "a.txt")
     with pytest.raises(DataError, match=r"a.txt: \d+ tokens do not fill one block of block_size=16"):
         generate(tmp_path, tiny_checkpoint, train_file=file)
-    with pytest.raises(ValueError, match="temperature=0 must be above 0"):
-        generate(tmp_path, tiny_checkpoint, train_file=file, temperature=0)
+    for flag, value, message in (
+        ("temperature", 0, "must be above 0"),
+        ("max_new_tokens", 0, "must be at least 1"),
+        ("top_p", 7.0, "must be above 0 and at most 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{flag}={value} {message}"):
+            generate(tmp_path, tiny_checkpoint, train_file=file, **{flag: value})
 
 
 def test_perplexity_overflows_to_infinity():

@@ -120,6 +120,7 @@ BAD = [
     ("Oslo B-LOC\n\nAnna B-PER\nx B-ORG\n", r"v.conll, line 4: the tag 'B-ORG' is in no training example: O, B-LOC"),
     ("Oslo B-LOC\nAnna\n", r"v.conll, line 2: a token without a tag"),
     ("", r"v.conll: the file is empty"),
+    ("Anna O\n\nin O\nOslo i-LOC\n", r"v.conll, line 4: the tag 'i-LOC' is neither O nor B-TYPE or I-TYPE, as others are"),
 ]
 
 

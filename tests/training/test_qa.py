@@ -118,6 +118,8 @@ def test_spans_are_found_again_in_long_contexts_of_any_script(filler, tmp_path, 
     [
         ({"answers": {"text": ["Rome"], "answer_start": [3]}}, "line 1: the answer 'Rome' is not in its context"),
         ({"answers": "Oslo"}, "line 1: answers must hold lists under text and answer_start"),
+        ({"answers": {"text": "Oslo", "answer_start": 3}}, "line 1: text and answer_start of answers must be lists, got"),
+        ({"answers": {"text": ["Oslo"], "answer_start": []}}, "line 1: answers has 1 text, but 0 answer_start"),
         ({"context": None}, "line 1: context and question must be texts"),
     ],
 )

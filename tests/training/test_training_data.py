@@ -110,6 +110,14 @@ def test_conll_with_tabs_keeps_tokens_that_are_empty(tmp_path):
     assert list(table.lines) == [3, 6]
 
 
+def test_lines_that_end_as_on_windows(tmp_path):
+    for name, text in {"a.en": b"one\r\ntwo\r\n", "a.de": b"eins\r\nzwei"}.items():
+        (tmp_path / name).write_bytes(text)
+    table = read_parallel(tmp_path / "a.en", tmp_path / "a.de")
+    assert table.columns == {"source": ["one", "two"], "target": ["eins", "zwei"]}
+    assert read_lines(tmp_path / "a.en").columns == {"text": ["one", "two"]}
+
+
 def test_texts_that_do_not_belong_together(tmp_path):
     for name, text in {"a.en": "one\ntwo\n", "a.de": "eins\n", "b.de": "eins\n\n"}.items():
         (tmp_path / name).write_text(text)
