@@ -2,8 +2,8 @@
 // Of few rows it is x that is transposed, once, and the weights are read once and as they lie. Of more, a task transposes a panel
 // of weights into its cache and passes the rows of x along it. What follows the product happens while the sums are still in the
 // nearest cache. An element of y is always the same sum, over k in ascending runs as gemm.h makes them.
-// Many rows are left to PyTorch's product, which blocks them too, unless their bits must not depend on their number; any number
-// to MKL's where the weights are packed for it: 1 row took 0.7 of the time, 32 all of it, 128 0.9, 1,200 and 2,000 0.95 to 0.97.
+// Many rows are left to PyTorch's product, which blocks them too, unless their bits must not depend on their number; and to
+// MKL's where the weights are packed for it: 1 row took 0.7 of the time, 8 0.8, 128 0.9, 1,200 and 2,000 0.95 to 0.97.
 #include "linear.h"
 
 #include <ATen/ops/empty.h>
@@ -25,7 +25,8 @@ constexpr int64_t STEP = 1024;  // terms of the sums whose weights lie in the se
 constexpr int64_t CHUNK = 640;  // most rows of a task
 // Up to as many rows weights are read as they lie: 16 rows took 0.87 of the time of a transposed panel, 32 0.83, 64 all of it.
 constexpr int64_t FEW_ROWS = 64;
-constexpr int64_t FEW_PANEL = 48;  // as PANEL; a multiple of the tiles of gemm.h and of all vectors
+constexpr int64_t FEWEST_ROWS = 8;  // up to which, and above FEW_ROWS, packed weights are faster
+constexpr int64_t FEW_PANEL = 48;   // as PANEL; a multiple of the tiles of gemm.h and of all vectors
 // Rows from which on PyTorch's product is faster; on AVX-512 with MKL, 32 rows took 0.6 to 0.85 of its time, 300 rows 0.9.
 constexpr int64_t MANY_ROWS = 640;
 // Rows that a product with packed weights makes before what follows it is done, while they lie in the shared cache.
@@ -165,8 +166,8 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
     at::parallel_for(begin, end, std::max<int64_t>(1, 8192 / m),
                      [&](int64_t first, int64_t last) { finish_rows_for_cpu(params, first, last); });
   };
-  if (packed.has_value() && !deterministic) {
-    check_shape(*packed, "packed", {mkl_packed_floats(m, depth)});
+  if (packed.has_value()) check_shape(*packed, "packed", {mkl_packed_floats(m, depth)});
+  if (packed.has_value() && !deterministic && (n <= FEWEST_ROWS || n > FEW_ROWS)) {
     for (int64_t begin = 0; begin < n; begin += PACKED_ROWS) {
       const int64_t end = std::min(begin + PACKED_ROWS, n);
       mkl_multiply_packed(params.x + begin * params.stride_x, params.stride_x, packed->const_data_ptr<float>(), end - begin, m,

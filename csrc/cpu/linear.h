@@ -22,7 +22,7 @@ struct Epilogue {
 };
 
 // y [n, m] = epilogue(x W^T). x [n, k] and weight [m, k] are float32 with rows of unit stride, y is contiguous.
-// packed: what prepack made of weight, or none; it is multiplied in place of weight, unless deterministic.
+// packed: what prepack made of weight, or none; it is multiplied in place of weight where that is faster.
 // deterministic: a row of y has the same bits whatever rows are beside it and on any number of threads.
 void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& packed,
                    const Epilogue& epilogue, bool deterministic, at::Tensor& y);
