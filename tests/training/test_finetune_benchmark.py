@@ -8,7 +8,7 @@ import pytest
 from roberta_fast.benchmarks import finetune
 
 SENTENCE = "Mr {0} NNP I-PER\nwent VBD O\nto TO O\nNew NNP I-LOC\nYork{0} NNP I-LOC\n"
-DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
 def test_the_docs_show_what_was_recorded():
