@@ -42,23 +42,22 @@ class Case(NamedTuple):
     examples: tuple[int | None, int | None] = (None, None)
     from_scratch: bool = False
 
+    @property
+    def points(self) -> int:
+        """What the score is multiplied by to be in points."""
+        return 100 if self.score in ("eval_accuracy", "eval_f1") and self.task != "qa" else 1
 
+
+SST2 = Case(
+    "classification",
+    "sst2/train.tsv",
+    "sst2/validation.tsv",
+    "eval_accuracy",
+    ("--learning_rate", "1e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "512", "--num_train_epochs", "3"),
+)
 CASES = {
-    "sst2": Case(
-        "classification",
-        "sst2/train.tsv",
-        "sst2/validation.tsv",
-        "eval_accuracy",
-        ("--learning_rate", "1e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "512", "--num_train_epochs", "3"),
-    ),
-    "sst2-part": Case(
-        "classification",
-        "sst2/train.tsv",
-        "sst2/validation.tsv",
-        "eval_accuracy",
-        ("--learning_rate", "1e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "512", "--num_train_epochs", "1"),
-        (12000, None),
-    ),
+    "sst2": SST2,
+    "sst2-part": SST2._replace(flags=(*SST2.flags[:-1], "1"), examples=(12000, None)),
     "zh-reviews": Case(
         "classification",
         "zh/reviews.train.tsv",
@@ -202,7 +201,7 @@ def int8(case: Case, given: argparse.Namespace, folder: Path) -> dict:
         for precision in ([], ["--precision", "int8"]):
             command = [*command_of(case, given, model), "--do_eval", *precision]
             found.append(finetune(command, folder / f"eval{'-int8' * bool(precision)}", given.threads)[case.score])
-        drops.append((1 if case.task == "qa" else 100) * (found[0] - found[1]))
+        drops.append(case.points * (found[0] - found[1]))
     return {
         "command": shown(command, given),
         "drop_in_points": {**_mean_std(drops), "each": drops},
@@ -294,12 +293,11 @@ def table(results: dict) -> str:
     rows.append("|---|---:|---|---:|---:|---:|---:|")
     for name, parts in results["cases"].items():
         case, found = CASES[name], parts.get("scores", {})
-        percent = 1 if case.score in ("eval_bleu", "eval_perplexity") or case.task == "qa" else 100
         trained_on = found.get("command", "").partition("--max_train_samples ")[2].split(" ")[0]
         cells = [name, f"{int(trained_on):,}" if trained_on else "all", case.score.removeprefix("eval_")]
         for side in ("fast", "stock"):
             runs = found.get("runs", {}).get(side, [])
-            cells.append("; ".join(f"{percent * run[case.score]:.2f}, {run['eval_loss']:.3f}" for run in runs) or "–")
+            cells.append("; ".join(f"{case.points * run[case.score]:.2f}, {run['eval_loss']:.3f}" for run in runs) or "–")
         cells.append(f"{parts['speed']['times_faster']['median']:.2f}" if "speed" in parts else "–")
         cells.append(f"{-parts['int8']['drop_in_points']['mean']:+.2f}" if "int8" in parts else "–")
         rows.append(f"| {' | '.join(cells)} |")

@@ -62,6 +62,9 @@ def _serve_by_workers(settings, options):
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
+    from roberta_fast.serving.engine import task_of
+    from roberta_fast.serving.metrics import SHARED_FOLDER
+
     class Supervisor(Multiprocess):
         """Replaces at once a worker that dies before it answers: the end of its pipe tells, as only the worker holds it."""
 
@@ -69,9 +72,6 @@ def _serve_by_workers(settings, options):
             for worker in self.processes:
                 worker.child_conn.close()
             super().keep_subprocess_alive()
-
-    from roberta_fast.serving.engine import task_of
-    from roberta_fast.serving.metrics import SHARED_FOLDER
 
     task_of(settings)  # rather than in every worker
     with tempfile.TemporaryDirectory(prefix="roberta-fast-metrics-") as folder:
