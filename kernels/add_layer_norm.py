@@ -11,16 +11,20 @@ import triton.language as tl
 
 from roberta_fast.kernels.column_sum import row_programs, sum_partials
 from roberta_fast.kernels.dropout import keep_mask
+from roberta_fast.kernels.fp8 import to_e4m3
 from roberta_fast.ops import dropout
 
 
 @triton.jit
 def add_layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, seed_ptr, count_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, inverse_ptr, y_ptr, q_ptr, mean_ptr, rstd_ptr, seed_ptr, count_ptr,
     N, C, stride_x_n, stride_residual_n, eps, threshold, keep_scale,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows; see ``_pre_norm`` for the arguments. y_ptr: contiguous [N, C]. mean_ptr, rstd_ptr: float32 [N]."""
+    """A tile of rows; see ``_pre_norm`` for the arguments. y_ptr: contiguous [N, C].
+
+    q_ptr: y · inverse in eight bits, likewise, with inverse_ptr float32 [C]; or in their place mean_ptr, rstd_ptr: float32 [N].
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_C)
     real = N if count_ptr is None else tl.minimum(tl.load(count_ptr), N)
@@ -36,9 +40,14 @@ def add_layer_norm_fwd_kernel(
     weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
     y = centered * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + columns[None, :], y, mask=inside)
-    tl.store(mean_ptr + rows, mean, mask=rows < real)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < real)
+    offsets = rows.to(tl.int64)[:, None] * C + columns[None, :]
+    tl.store(y_ptr + offsets, y, mask=inside)
+    if q_ptr is not None:
+        inverse = tl.load(inverse_ptr + columns, mask=columns < C, other=0.0)
+        tl.store(q_ptr + offsets, to_e4m3(y * inverse[None, :]), mask=inside)
+    else:
+        tl.store(mean_ptr + rows, mean, mask=rows < real)
+        tl.store(rstd_ptr + rows, rstd, mask=rows < real)
 
 
 @triton.jit
@@ -114,17 +123,38 @@ def add_layer_norm_fwd(
     count: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y [N, C] in the dtype of residual, or of x without one; mean, rstd, float32 [N])."""
-    n, hidden = x.shape
     y = x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
-    mean, rstd = (x.new_empty(n, dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    _forward(x, residual, weight, bias, None, eps, dropout_p, (y, None, mean, rstd), seed, count)
+    return y, mean, rstd
+
+
+def add_layer_norm_fp8(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    inverse: torch.Tensor,
+    count: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y as ``add_layer_norm_fwd`` has it without dropout; y · inverse [C] in float8_e4m3fn)."""
+    y = x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
+    q = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    _forward(x, residual, weight, bias, inverse, eps, 0.0, (y, q, None, None), None, count)
+    return y, q
+
+
+def _forward(x, residual, weight, bias, inverse, eps, dropout_p, results, seed, count):
+    """Fills ``results``: y, and y in eight bits or mean and rstd, those that are not None."""
+    n, hidden = x.shape
     x, residual, weight, bias = (_unit_stride(t) for t in (x, residual, weight, bias))
     tile = _tile(hidden, elements=16)
     if x.numel():
         add_layer_norm_fwd_kernel[(triton.cdiv(n, tile["BLOCK_N"]),)](
-            x, residual, weight, bias, y, mean, rstd, seed, count,
+            x, residual, weight, bias, inverse, *results, seed, count,
             n, hidden, x.stride(0), 0 if residual is None else residual.stride(0), eps, *_dropout(dropout_p), **tile,
         )  # fmt: skip
-    return y, mean, rstd
 
 
 def add_layer_norm_bwd(

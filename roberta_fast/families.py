@@ -25,6 +25,9 @@ class AttentionParts(NamedTuple):
     containers: tuple[nn.Module, ...]
 
 
+LINEARS = ("query", "key", "value", "attention_output", "intermediate", "output")  # a layer's own, as LayerParts names them
+
+
 class LayerParts(NamedTuple):
     """The modules of one layer, by what they do; ``containers`` are those whose own ``forward`` the fast layer passes over."""
 

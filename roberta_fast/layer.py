@@ -4,16 +4,16 @@ import torch
 from torch import nn
 
 from roberta_fast import ops, padding_mask
+from roberta_fast.copies import CopiesHolder, copies_of
 from roberta_fast.decoding import cross_attention, self_attention
 from roberta_fast.deterministic import Linear
-from roberta_fast.families import LayerParts, gelu_form, is_plain, layer_parts, unwrapped
-from roberta_fast.int8 import LINEARS, Int8Holder, copies_of
+from roberta_fast.families import LINEARS, LayerParts, gelu_form, is_plain, layer_parts, unwrapped
 from roberta_fast.ops import dropout
 from roberta_fast.packing import PackedBatch
 from roberta_fast.prepacked import packed_weight
 
 
-class FastLayer(Int8Holder):
+class FastLayer(CopiesHolder):
     """Mixin before a stock layer class: the post-LayerNorm block on packed rows."""
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
@@ -43,18 +43,19 @@ class FastLayer(Int8Holder):
             dropouts += [parts.cross.attention_dropout, parts.cross.attention_output_dropout]
         p = [_probability(module) for module in dropouts]
         seeds = dropout.new_seeds(len(p), rows.device) if any(p) else None
-        int8 = copies_of(self, parts) if batch.int8 else None
+        copies = copies_of(self, parts) if batch.eight_bits else None
+        inverses = copies.inverses if copies else (None, None)
 
-        projections = _query_key_value(rows, parts, batch, int8)
+        projections = _query_key_value(rows, parts, batch, copies)
         context = self_attention(*projections, batch, cache, **_attention_options(parts, p, seeds, 0, batch)).flatten(1)
-        projected = int8.attention_output(context, batch) if int8 else linear(parts.attention_output, context, batch)
-        rows = add_norm(projected, rows, parts.attention_norm, p[1], seeds, 1, batch)
+        projected = copies.attention_output(context, batch) if copies else linear(parts.attention_output, context, batch)
+        rows = add_norm(projected, rows, parts.attention_norm, p[1], seeds, 1, batch, inverses[0])
         if attends_to_encoder:
             context = _attend_to_encoder(parts.cross, rows, encoder_rows, batch, cache, p, seeds)
             projected = linear(parts.cross.attention_output, context, batch)
             rows = add_norm(projected, rows, parts.cross.attention_norm, p[4], seeds, 4, batch)
-        expanded = int8.feed_forward(rows, batch, parts) if int8 else _feed_forward(rows, parts, batch)
-        return add_norm(expanded, rows, parts.output_norm, p[2], seeds, 2, batch)
+        expanded = copies.feed_forward(rows, batch, parts) if copies else _feed_forward(rows, parts, batch)
+        return add_norm(expanded, rows, parts.output_norm, p[2], seeds, 2, batch, inverses[1])
 
     def _stock_block(self, hidden_states, batch):
         padded = hidden_states if hidden_states.dim() == 3 else batch.unpack(hidden_states)
@@ -154,12 +155,12 @@ def _attend_to_encoder(parts, rows, encoder_rows, batch, cache, p, seeds):
     return cross_attention(query, key_value, batch, cache, **_attention_options(parts, p, seeds, 3, batch)).flatten(1)
 
 
-def _query_key_value(rows, parts, batch, int8=None):
+def _query_key_value(rows, parts, batch, copies=None):
     """Three [N, H, D] views. One GEMM on CUDA, where concatenating the weights costs less than two more launches."""
     projections = (parts.query, parts.key, parts.value)
     heads = (-1, parts.attention.attention_head_size)
-    if int8:
-        return int8.query_key_value(rows, batch).unflatten(1, (3, *heads)).unbind(1)
+    if copies:
+        return copies.query_key_value(rows, batch).unflatten(1, (3, *heads)).unbind(1)
     if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
         return ops.linear(rows, weight, bias, count=batch.count, **_how(batch)).unflatten(1, (3, *heads)).unbind(1)
@@ -184,8 +185,16 @@ def activated(rows, dense, activation, batch):
     return ops.linear_gelu(rows, dense.weight, dense.bias, approximate=form, **how)
 
 
-def add_norm(x, residual, norm, p, seeds, index, batch):
-    """norm(residual + dropout(x)), fused where norm is a plain LayerNorm."""
+def add_norm(x, residual, norm, p, seeds, index, batch, inverse=None):
+    """norm(residual + dropout(x)), fused where norm is a plain LayerNorm.
+
+    inverse: the factors by which it goes on in 8 bits as well, in ``batch.carried``; in inference alone.
+    """
+    if inverse is not None:
+        rounding = {"inverse": inverse, "count": batch.count, "backend": batch.options.backend}
+        y, rounded = ops.add_layer_norm_fp8(x, residual, norm.weight, norm.bias, norm.eps, **rounding)
+        batch.carried.put(y, rounded)
+        return y
     seed = seeds[index : index + 1] if p else None
     if not is_plain(norm, nn.LayerNorm) or norm.bias is None:
         return batch.real(norm(batch.real(residual + nn.functional.dropout(x, p))))

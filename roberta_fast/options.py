@@ -6,7 +6,7 @@ from roberta_fast.dispatch import BACKENDS
 
 UNPAD = ("auto", "host", "device")
 ON_UNSUPPORTED = ("warn", "error", "ignore")
-PRECISIONS = (None, "int8")
+PRECISIONS = (None, "int8", "fp8")
 RECOMPUTE = (None, "gelu", "layer")
 
 
@@ -26,8 +26,9 @@ class FastOptions:
         Linear layers become ``roberta_fast.deterministic.Linear``. Of PyTorch's own activations only exact GELU, ReLU and tanh
         keep the promise.
     precision: None computes in the model's own; ``"int8"`` makes 8-bit copies of the layers' linear weights when
-        ``accelerate_model`` is called, and computes with them in inference on CPU. ``train()``, ``load_state_dict`` and a change
-        of dtype or device drop the copies; calls that record gradients do without them. See docs/int8.md.
+        ``accelerate_model`` is called, and computes with them in inference on CPU; ``"fp8"`` likewise in inference on a GPU.
+        ``train()``, ``load_state_dict`` and a change of dtype or device drop the copies; calls that record gradients do without
+        them. See docs/int8.md and docs/fp8.md.
     fuse_lm_head: a masked or causal language model in training mode that is given labels computes its head and loss from the
         labelled rows alone, and its ``outputs.logits`` is None; False leaves both as they are.
     recompute: what a backward pass computes again instead of having kept it: None, nothing; ``"gelu"``, the activation between
@@ -60,8 +61,6 @@ class FastOptions:
             raise ValueError(f"unpad={self.unpad!r} is not one of {UNPAD}")
         if self.on_unsupported not in ON_UNSUPPORTED:
             raise ValueError(f"on_unsupported={self.on_unsupported!r} is not one of {ON_UNSUPPORTED}")
-        if self.precision == "fp8":
-            raise ValueError("precision='fp8' is not available yet; there are None and 'int8'")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r} is not one of {PRECISIONS}")
         if self.recompute not in RECOMPUTE:

@@ -9,6 +9,21 @@ from roberta_fast.ops.registration import real_rows
 from roberta_fast.options import FastOptions
 
 
+class Carried:
+    """Rows in 8 bits, from the LayerNorm that made them to the product that reads them. Travels with a batch."""
+
+    def __init__(self):
+        self._rows, self._rounded = None, None
+
+    def put(self, rows: torch.Tensor, rounded: torch.Tensor) -> None:
+        """Keeps ``rounded`` [N, C] for whoever gets ``rows`` [N, C]."""
+        self._rows, self._rounded = rows, rounded
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """``rows`` in 8 bits, or None where they are not those of the last ``put``."""
+        return self._rounded if rows is self._rows else None
+
+
 class PackedBatch(NamedTuple):
     """A batch of B sequences of up to S tokens as N packed rows.
 
@@ -18,8 +33,9 @@ class PackedBatch(NamedTuple):
     mask: [B, S] the padding mask as it came, nonzero at real tokens, or None.
     count: int32 [1], how many of the rows are real, where only the device knows it: N is then B * S, and rows behind hold
         anything. None: all are.
-    batch, seqlen: B and S. max_seqlen: an upper bound on the sequences' lengths. options: how the layers compute. int8: whether
-        those that hold 8-bit weights compute with them now. prepacked: whether weights are read in MKL's layout now.
+    batch, seqlen: B and S. max_seqlen: an upper bound on the sequences' lengths. options: how the layers compute.
+    eight_bits: whether layers that hold 8-bit weights compute with them now. carried: what brings rows in 8-bit floating point
+        from one product to the next, or None. prepacked: whether weights are read in MKL's layout now.
     decoding: in a decoder, a ``roberta_fast.decoding.Decoding``.
     The caller may have packed: then cu_seqlens divides the one row of [1, S].
     """
@@ -33,7 +49,8 @@ class PackedBatch(NamedTuple):
     seqlen: int
     max_seqlen: int
     options: FastOptions
-    int8: bool = False
+    eight_bits: bool = False
+    carried: Carried | None = None
     prepacked: bool = False
     decoding: tuple | None = None
 

@@ -20,8 +20,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from roberta_fast.accelerate import accelerate_model, fast_encoders
-from roberta_fast.families import layer_parts, unwrapped
-from roberta_fast.int8 import LINEARS, Int8Linears, ReleasedWeight, copies_of
+from roberta_fast.copies import copies_of
+from roberta_fast.families import LINEARS, layer_parts, unwrapped
+from roberta_fast.int8 import Int8Linears, ReleasedWeight
 
 FILE = "model.int8.safetensors"
 FORMAT, VERSION = "roberta_fast int8, rotated by Hadamard matrices of 64", "1"
@@ -38,7 +39,7 @@ def release_weights(model: nn.Module) -> nn.Module:
     for layer in layers:
         parts = layer_parts(layer)
         _set_released(parts)
-        layer.int8 = layer.int8._replace(sources=tuple(getattr(parts, name).weight for name in LINEARS))
+        layer.copies = layer.copies._replace(sources=tuple(getattr(parts, name).weight for name in LINEARS))
     return model.requires_grad_(False)
 
 
@@ -56,7 +57,7 @@ def save_quantized(model: PreTrainedModel, folder: str | Path) -> None:
     names = {module: name for name, module in model.named_modules()}
     for layer in _int8_layers(model):
         parts = layer_parts(layer)
-        for linear, (integers, scale, bias) in layer.int8.quantized().items():
+        for linear, (integers, scale, bias) in layer.copies.quantized().items():
             name = names[getattr(parts, linear)]
             tensors |= {f"{name}.weight": integers, f"{name}.weight_scale": scale}
             if bias is not None and f"{name}.bias" in tensors:
@@ -112,7 +113,9 @@ def _int8_layers(model):
     layers = [unwrapped(layer) for encoder in encoders for layer in encoder.layer]
     for layer in layers:
         if copies_of(layer, layer_parts(layer)) is None:
-            raise ValueError(f"a layer of {type(model).__name__} has no 8-bit weights: {layer.int8}")
+            raise ValueError(f"a layer of {type(model).__name__} has no 8-bit weights: {layer.copies}")
+        if layer.copies.precision != "int8":
+            raise ValueError(f"a layer of {type(model).__name__} has no 8-bit integers, but {layer.copies.precision}")
     return layers
 
 
@@ -171,7 +174,7 @@ def _fill(layer, tensors, names, folder):
             _check(tensors, f"{names[linear]}.bias", torch.float32, linear.bias.shape, folder)
             linear.bias = nn.Parameter(tensors[f"{names[linear]}.bias"].clone(), requires_grad=False)
     _set_released(parts)
-    layer.int8 = Int8Linears.of(parts, quantized)
+    layer.copies = Int8Linears.of(parts, quantized)
 
 
 def _fill_rest(model, tensors, folder):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from roberta_fast import dispatch, int8
+from roberta_fast import copies, dispatch
 from roberta_fast.accelerate import fast_encoders, restore_model
 from roberta_fast.encoder import encoder_objection
 from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
@@ -78,7 +78,7 @@ def explain(model: nn.Module) -> Explanation:
     precision, operations = "as the model", dict(_OPERATIONS)
     if options.precision:
         precision = _precision(layers, options.precision)
-        operations |= {name: (name, None) for name in ("int8_linear", "int8_feed_forward")}  # compute in inference alone
+        operations |= {name: (name, None) for name in copies.KINDS[options.precision].operations}  # compute in inference alone
     if is_fused(options.recompute == "gelu", weight.is_cuda, requested):
         operations["feed_forward"] = "linear_gelu", "feed_forward_backward"
     language_models = [module for module in model.modules() if isinstance(module, FastLanguageModel) and options.fuse_lm_head]
@@ -138,16 +138,16 @@ _OPERATIONS = {
 
 def _precision(layers, asked):
     """How many layers multiply in 8 bits."""
-    able = [layer for layer in layers if int8.is_released(layer) or int8.copies_of(layer, layer_parts(layer))]
-    released = ", fp32 weights released" if any(map(int8.is_released, able)) else ""
+    able = [layer for layer in layers if copies.is_released(layer) or copies.copies_of(layer, layer_parts(layer))]
+    released = ", fp32 weights released" if any(map(copies.is_released, able)) else ""
     return f"{asked} linear layers in {len(able)} of {len(layers)} layers{released}"
 
 
 def _layer_fallbacks(layer, precision):
     """Reasons why parts of a layer call stock modules, or compute in fp32 where 8 bits were asked for."""
     parts = layer_parts(layer)
-    if precision and isinstance(layer.int8, str):
-        yield f"no {precision} weights: {layer.int8}"
+    if precision and isinstance(layer.copies, str):
+        yield f"no {precision} weights: {layer.copies}"
     reason = layer_objection(layer, parts)
     if reason:
         yield f"the stock layer runs: {reason}"
@@ -188,11 +188,11 @@ def check_parity(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Parity:
 
     batch: keyword arguments of ``model.forward``, e.g. what a tokenizer returns, or what a SentenceTransformer takes as features;
     tensors [B, S, ...] are compared where ``attention_mask`` [B, S] is nonzero. NaN in an output makes the result NaN.
-    With ``precision="int8"`` the cosine is what to look at: 8 bits move single values far more than another order of sums does.
+    With a ``precision`` the cosine is what to look at: 8 bits move single values far more than another order of sums does.
     Raises ValueError where ``model`` is not accelerated, or its fp32 weights were released, or batch is no mapping.
     """
     for encoder in _accelerated(model):
-        int8.check_released(encoder.layer, "check_parity")
+        copies.check_released(encoder.layer, "check_parity")
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch must be a mapping, as a tokenizer returns it, got {type(batch).__name__}")
     stock = restore_model(stock_clone(model)).eval()
@@ -224,7 +224,7 @@ def _call(model, batch):
 def stock_clone(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that shares its parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    shared |= {id(copies): copies for copies in (getattr(m, "int8", None) for m in model.modules()) if copies}
+    shared |= {id(made): made for made in (getattr(m, "copies", None) for m in model.modules()) if made}
     return copy.deepcopy(model, shared)
 
 

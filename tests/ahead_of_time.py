@@ -28,7 +28,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from roberta_fast import kernels
-from roberta_fast.kernels import add_layer_norm, attention, cross_entropy, feed_forward, linear, linear_gelu, pack, tuning
+from roberta_fast.kernels import (
+    add_layer_norm,
+    attention,
+    cross_entropy,
+    feed_forward,
+    fp8_linear,
+    linear,
+    linear_gelu,
+    pack,
+    tuning,
+)
 
 SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
@@ -41,12 +51,14 @@ class Case:
     launch: calls the launcher on meta tensors. default: part of the short run; others need ``--all``.
     tensor_cores: its matrix products must use them (not so in float32).
     spill_bytes: most bytes a thread may spill in any of its kernels; None: ``ATTENTION_SPILL`` in attention, and 0 elsewhere.
+    since: the first generation that has the instructions.
     """
 
     launch: Callable[[], object]
     default: bool = False
     tensor_cores: bool = True
     spill_bytes: int | None = None
+    since: int = 80
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -119,6 +131,15 @@ def both_attention(
     torch.backends.cuda.matmul.fp32_precision = before
 
 
+def fp8_products(dtype: torch.dtype, gelu: str | None = None, inner: int = 768, outer: int = 3072) -> None:
+    """LayerNorm's result in 8 bits, the product that reads it, and that product's own result in 8 bits."""
+    x, vector, wide = meta(8192, inner, dtype=dtype), meta(inner, dtype=torch.float32), meta(outer, dtype=torch.float32)
+    _, rows = add_layer_norm.add_layer_norm_fp8(x, x, vector, vector, 1e-5, vector, COUNT)
+    weight = meta(outer, inner, dtype=torch.float8_e4m3fn)
+    fp8_linear.fp8_linear_fwd(rows, weight, wide, wide, gelu, wide if gelu else None, dtype, COUNT)
+    fp8_linear.fp8_quantize(x, vector, COUNT)
+
+
 def losses(dtype: torch.dtype, classes: int = 50265, with_gradient: bool = True) -> None:
     """A chunk of logits, its rows aligned as the operation aligns them."""
     logits = meta(1024, -(-classes // 64) * 64, dtype=dtype)[:, :classes]
@@ -187,6 +208,9 @@ CASES: dict[str, Case] = {
     "cross_entropy/bfloat16": Case(lambda: losses(BF16), default=True),
     "cross_entropy/bfloat16, loss alone": Case(lambda: losses(BF16, with_gradient=False)),
     "cross_entropy/float32, small vocabulary": Case(lambda: losses(FP32, 1000)),
+    "fp8_linear/bfloat16": Case(lambda: fp8_products(BF16), default=True, since=90),
+    "fp8_linear/bfloat16, GELU": Case(lambda: fp8_products(BF16, "none"), default=True, since=90),
+    "fp8_linear/float16, wide, tanh": Case(lambda: fp8_products(FP16, "tanh", 3072, 768), since=90),
     "pack/bfloat16": Case(lambda: all_of_pack(BF16), default=True),
     "pack/float32, bool mask": Case(lambda: all_of_pack(FP32, torch.bool)),
 }
@@ -239,7 +263,8 @@ def inspect(compiled: triton.compiler.CompiledKernel) -> Compiled:
         shared_kib=compiled.metadata.shared / 1024,
         instructions=" ".join(instructions),
         has_dot="tt.dot" in compiled.asm["ttir"],
-        serialized="HGMMA" in instructions and "wgmma.mma_async instructions are serialized" in _assembler_notes(compiled),
+        serialized="GMMA" in " ".join(instructions)
+        and "wgmma.mma_async instructions are serialized" in _assembler_notes(compiled),
     )
 
 
@@ -259,7 +284,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 def faults(capability: int, name: str, case: Case, compiled: Compiled) -> list[str]:
     """What is over budget, in words."""
-    wanted = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "MMA"}[capability]
+    wanted = {80: "HMMA", 90: "GMMA", 100: "UTC", 120: "MMA"}[capability]
     limit = SHARED_LIMIT_KIB[capability]
     found = []
     allowed = case.spill_bytes
@@ -295,7 +320,8 @@ def main() -> int:
     seen, faulty = set(), False
     print(f"{'case':42} {'kernel':34} {'registers':>9} {'spill B':>7} {'shared KiB':>10}  tensor cores")
     for name, case in CASES.items():
-        if arguments.only not in name or not (case.default or arguments.all or arguments.only):
+        chosen = arguments.only in name and (case.default or arguments.all or arguments.only)
+        if not chosen or arguments.capability < case.since:
             continue
         launched.clear()
         case.launch()
@@ -307,6 +333,8 @@ def main() -> int:
                 print(f"FAULT {name} {compiled.kernel}: {fault}")
                 faulty = True
     missing = set() if arguments.only else kernel_names() - seen
+    if arguments.capability < 90:
+        missing = {name for name in missing if not name.startswith("fp8")}
     if missing:
         print(f"FAULT no case launches {', '.join(sorted(missing))}")
     return int(faulty or bool(missing))

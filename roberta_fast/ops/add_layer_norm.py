@@ -10,6 +10,7 @@ import torch
 
 from roberta_fast import dispatch
 from roberta_fast.ops import dropout
+from roberta_fast.ops.fp8_linear import fp8_quantize_ref, refuse_gradient
 from roberta_fast.ops.registration import check_rows, define, facts_of, real_rows, refuse, register_autograd, register_backends
 
 
@@ -34,13 +35,7 @@ def add_layer_norm(
     Under autocast the result is float32, as from ``torch.nn.functional.layer_norm``.
     Returns [N, C]. Raises ValueError naming the argument that does not fit.
     """
-    check_rows(x, count)
-    hidden = x.shape[1]
-    if residual is not None and residual.shape != x.shape:
-        refuse("residual", f"shape {tuple(residual.shape)}", f"of x's shape {tuple(x.shape)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != (hidden,):
-            refuse(name, f"shape {tuple(parameter.shape)}", f"[C] with C={hidden}")
+    _check(x, residual, weight, bias, count)
     if dropout_p != 0.0 and seed is None:
         refuse("seed", seed, f"an int64 [1] tensor where dropout_p={dropout_p}")
     dropout.threshold(dropout_p)
@@ -51,11 +46,48 @@ def add_layer_norm(
     return y
 
 
+def add_layer_norm_fp8(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    inverse: torch.Tensor,
+    *,
+    count: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y = LayerNorm(residual + x), y · inverse in float8_e4m3fn), the second for products in 8 bits (``fp8_linear``).
+
+    inverse: float32 [C]; the others and errors as in ``add_layer_norm``. Two [N, C], which have no gradient.
+    """
+    _check(x, residual, weight, bias, count)
+    if inverse.shape != (x.shape[1],) or inverse.dtype != torch.float32:
+        refuse("inverse", f"{inverse.dtype} {tuple(inverse.shape)}", f"float32 [{x.shape[1]}]")
+    return _fp8(x, residual, weight, bias, eps, inverse, count, backend)
+
+
+def _check(x, residual, weight, bias, count):
+    check_rows(x, count)
+    if residual is not None and residual.shape != x.shape:
+        refuse("residual", f"shape {tuple(residual.shape)}", f"of x's shape {tuple(x.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.shape != (x.shape[1],):
+            refuse(name, f"shape {tuple(parameter.shape)}", f"[C] with C={x.shape[1]}")
+
+
 def add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p=0.0, seed=None, count=None):
     """The composition in plain PyTorch; returns (y, mean, rstd), the statistics as [N] in float32 (float64 for float64)."""
     z = _pre_norm(x, residual, dropout_p, seed)
     y, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], weight.to(z.dtype), bias.to(z.dtype), eps)
     return y.to(x.dtype if residual is None else residual.dtype), mean[:, 0], rstd[:, 0]
+
+
+def add_layer_norm_fp8_ref(x, residual, weight, bias, eps, inverse, count=None):
+    """The composition in plain PyTorch."""
+    z = _pre_norm(x, residual, 0.0, None)
+    y = torch.native_layer_norm(z, z.shape[-1:], weight.to(z.dtype), bias.to(z.dtype), eps)[0]
+    return y.to(x.dtype if residual is None else residual.dtype), fp8_quantize_ref(y, inverse)
 
 
 def add_layer_norm_backward_ref(dy, x, residual, weight, mean, rstd, dropout_p=0.0, seed=None, count=None):
@@ -108,6 +140,16 @@ def _backward_fake(dy, x, residual, weight, mean, rstd, dropout_p, seed, count, 
     return x.new_empty(x.shape, dtype=like.dtype), dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
+def _fp8_implementation(x, residual, weight, bias, eps, inverse, count, backend):
+    run = dispatch.choose("add_layer_norm_fp8", facts_of(x, device_rows=count is not None), backend).run
+    return run(x, residual, weight, bias, eps, inverse, count)
+
+
+def _fp8_fake(x, residual, weight, bias, eps, inverse, count, backend):
+    like = x if residual is None else residual
+    return x.new_empty(x.shape, dtype=like.dtype), x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+
+
 _forward = define(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p, "
     "Tensor? seed, Tensor? count, str backend) -> (Tensor, Tensor, Tensor)",
@@ -119,6 +161,13 @@ _backward = define(
     "float dropout_p, Tensor? seed, Tensor? count, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_implementation,
     _backward_fake,
+)
+
+_fp8 = define(
+    "add_layer_norm_fp8(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor inverse, Tensor? count, "
+    "str backend) -> (Tensor, Tensor)",
+    _fp8_implementation,
+    _fp8_fake,
 )
 
 
@@ -138,3 +187,5 @@ def _autograd_backward(ctx, dy, _dmean, _drstd):
 
 register_autograd("add_layer_norm", _autograd_backward, _setup_context)
 register_backends("add_layer_norm")
+register_autograd("add_layer_norm_fp8", refuse_gradient, lambda ctx, inputs, output: None)
+register_backends("add_layer_norm", {"add_layer_norm_fp8": "add_layer_norm_fp8"}, backends=("triton", "torch"))

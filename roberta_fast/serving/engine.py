@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 import roberta_fast
+from roberta_fast import fp8
 from roberta_fast.families import longest_sequence
 from roberta_fast.quantized import FILE as QUANTIZED_FILE
 from roberta_fast.serving.decoding import Continuation, Continued, Decoder
@@ -208,6 +209,8 @@ class Engine:
                 raise ValueError(f"{flag} is for --device cpu and --dtype float32, not {self.device} and {settings.dtype}")
         if options.prepack and options.precision:
             raise ValueError("--prepack is for weights in float32: --precision int8 packs its own")
+        if options.precision == "fp8":
+            fp8.check_device(torch.empty(0, device=self.device), options.backend)
         return options
 
     def _check_kind(self):

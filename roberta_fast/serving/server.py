@@ -143,7 +143,7 @@ def _parser():
     add("--threads", type=positive, help="CPU threads of the model in each worker (default: torch's; cores / workers)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default=defaults.dtype, help="default: float32")
-    add("--precision", help="int8: 8-bit weights in the encoder's layers, on CPU (default: those of --dtype)")
+    add("--precision", help="8-bit weights in the encoder's layers: int8 on CPU, fp8 on a GPU (default: those of --dtype)")
     add("--deterministic", action="store_true", help="the same bits whatever a text is batched with")
     add("--prepack", action="store_true", help="weights in MKL's layout: faster on CPU, for their memory once more")
     add("--stock", action="store_true", help="plain Hugging Face, not accelerated, for comparison")

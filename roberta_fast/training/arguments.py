@@ -10,6 +10,8 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArgumentParser
 
+from roberta_fast.options import PRECISIONS
+
 EXTRA = "pip install --no-build-isolation 'roberta_fast[train]'"
 
 # What the short help says of transformers.TrainingArguments and of what FastTrainingArguments adds.
@@ -67,7 +69,7 @@ class ModelArguments:
     model_revision: str = flag("main", "branch, tag or commit on the Hub")
     fast: bool = flag(True, "train on the accelerated encoder; --no-fast: on the stock one")
     precision: str | None = flag(
-        None, "int8: evaluate and predict in 8 bits, on a CPU, a model that is trained", choices=["int8"]
+        None, "evaluate and predict in 8 bits a model that is trained: int8 on a CPU, fp8 on a GPU", choices=list(PRECISIONS[1:])
     )
     lora_r: int = flag(0, "rank of LoRA adapters, trained in place of the encoder; 0: train all")
     lora_alpha: int = flag(16, "LoRA scales its adapters by lora_alpha / lora_r")

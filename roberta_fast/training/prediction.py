@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from roberta_fast.options import PRECISIONS
 from roberta_fast.training.arguments import require_extra
 from roberta_fast.training.cli import report_errors
 
@@ -17,7 +18,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--file", required=True, help="the data, in a format of the training data; labels are not needed")
     parser.add_argument("--output", help="where the predictions go, a json object a line (default: standard output)")
     parser.add_argument("--batch_size", type=int, default=32, help="texts in a batch (32)")
-    parser.add_argument("--precision", choices=["int8"], help="int8: 8-bit weights in the encoder's layers, on CPU")
+    parser.add_argument("--precision", choices=PRECISIONS[1:], help="8-bit weights in the layers: int8 on CPU, fp8 on a GPU")
     parser.add_argument("--n_best_size", type=int, help="answers a question, the best one first (qa; as the model was trained)")
     parser.add_argument("--no-fast", "--no_fast", action="store_true", help="on the stock encoder")
     given = parser.parse_args(argv)

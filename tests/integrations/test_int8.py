@@ -63,7 +63,7 @@ def logits(model, inputs):
 
 
 def int8_layers(model):
-    return sum(not isinstance(layer.int8, str) for m in model.modules() if hasattr(m, "fp32_calls") for layer in m.layer)
+    return sum(not isinstance(layer.copies, str) for m in model.modules() if hasattr(m, "fp32_calls") for layer in m.layer)
 
 
 def test_minilm(checkpoint):
@@ -308,8 +308,7 @@ def test_weights_that_cannot_be_copied(stock, inputs):
 
 
 REFUSALS = {
-    "fp8": (lambda: FastOptions(precision="fp8"), r"precision='fp8' is not available yet; there are None and 'int8'"),
-    "other": (lambda: FastOptions(precision="int4"), r"precision='int4' is not one of \(None, 'int8'\)"),
+    "other": (lambda: FastOptions(precision="int4"), r"precision='int4' is not one of \(None, 'int8', 'fp8'\)"),
     "patch": (lambda: patch_transformers(precision="int8"), "precision='int8' copies weights that are loaded: call accelerate"),
     "stock": (lambda: release_weights(tiny()), r"is not accelerated: call accelerate_model\(model, precision='int8'\)"),
     "fp32": (lambda: release_weights(accelerate_model(tiny())), "a layer of .* has no 8-bit weights: none were made"),

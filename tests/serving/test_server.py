@@ -150,7 +150,7 @@ def test_workers_that_cannot_load_end_the_command(checkpoint):
         (["--model", "MODEL", "--port", "66000"], "'66000' is not a port from 0 to 65535"),
         (["--model", "MODEL", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000 cannot be listened on"),
         (["--model", "MODEL", "--device", "cuda"], "--device cuda needs a CUDA device"),
-        (["--model", "MODEL", "--precision", "fp8"], "precision='fp8' is not available yet"),
+        (["--model", "MODEL", "--precision", "fp8"], "precision='fp8' is for GPUs of compute capability 8.9 or later"),
         (["--model", "MODEL", "--precision", "int4"], "precision='int4' is not one of"),
         (["--model", "MODEL", "--precision", "int8", "--dtype", "bfloat16"], "--precision int8 is for --device cpu and --dtype"),
         (["--model", "MODEL", "--deterministic", "--dtype", "bfloat16"], "deterministic"),
