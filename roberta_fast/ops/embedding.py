@@ -42,7 +42,7 @@ def embedding(
     dropout_p: probability of dropping an element, in [0, 1); seed: int64 [1] on the same device, needed where it is not 0.
     indices: int64 [N], flat places b * S + s, as from ``pack_indices``; None: all in order. count: int32 [1]; indices from it on
         are never read, and rows hold anything there. None: all are real.
-    Returns [N, C] in word's dtype; under autocast float32, as ``torch.nn.functional.layer_norm`` does.
+    Returns [N, C] in word's dtype; under CUDA's autocast float32, as from ``torch.nn.functional.layer_norm``.
     Raises ValueError naming the argument that does not fit. An id that is in no table raises IndexError on the CPU; on CUDA it is
     an assertion that fails on the device, as in torch.
     """
@@ -72,7 +72,7 @@ def embedding(
     if dropout_p != 0.0 and seed is None:
         refuse("seed", seed, f"an int64 [1] tensor where dropout_p={dropout_p}")
     dropout.threshold(dropout_p)
-    if torch.is_autocast_enabled(word.device.type) and word.dtype != torch.float64:
+    if word.is_cuda and torch.is_autocast_enabled("cuda") and word.dtype != torch.float64:
         word, position, token_type = (table if table is None else table.float() for table in (word, position, token_type))
     ids = input_ids, position_ids, token_type_ids, indices
     not_learned = -1 if padding_idx is None else padding_idx, -1 if position_padding_idx is None else position_padding_idx
