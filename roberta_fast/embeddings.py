@@ -39,6 +39,8 @@ class FastBaseModel(FastModel):
         mask = mask if mask is None else mask.to(ids.device).expand(ids.shape)
         batch = PackedBatch.of(ids, mask, self.fast_options)
         rows = self._embedded(ids, given.get("position_ids"), given.get("token_type_ids"), batch)
+        if torch.is_grad_enabled() and not rows.requires_grad and self.embeddings.word_embeddings._forward_hooks:
+            rows.requires_grad_()
         rows = encoder.run_layers(rows, encoder.prepared(batch, rows), first_rows=first_rows)
         if first_rows:
             hidden_states = nn.functional.pad(rows[:, None], (0, 0, 0, ids.shape[1] - 1))
@@ -114,12 +116,12 @@ def base_objection(base: FastBaseModel) -> str | None:
         return reason
     if "embeddings_project" in base._modules:
         return "the embeddings are projected"
-    if type(parts).__name__ != base.family.embeddings or type(parts).__module__ != base.family.modeling().__name__:
+    if type(parts).__name__ != base.family.embeddings or type(parts).__module__ != base.stock.__module__:
         return f"the embeddings are a {type(parts).__name__} of {type(parts).__module__}"
     if getattr(parts, "use_task_id", False):
         return "the embeddings have task types"
     for module in (encoder, *parts.modules()):
-        if foreign_hooks(module):
+        if not all(map(_asks_for_gradients, foreign_hooks(module))):
             return f"a hook on {type(module).__name__}"
         if "forward" in module.__dict__:
             return f"a replaced forward of {type(module).__name__}"
@@ -136,6 +138,11 @@ def base_objection(base: FastBaseModel) -> str | None:
     return None
 
 
+def _asks_for_gradients(hook):
+    """Whether this is Hugging Face's hook by which a gradient reaches checkpointed layers over frozen word embeddings."""
+    return getattr(hook, "__name__", "") == "make_inputs_require_grads" and hook.__module__ == "transformers.modeling_utils"
+
+
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
@@ -148,7 +155,8 @@ def _call_objection(base, given):
     for name in ("output_hidden_states", "output_attentions"):
         if given.get(name, getattr(base.config, name, False)):
             return f"{name.removeprefix('output_').replace('_', ' ')} are requested"
-    if _active_collector.get():
+    # Traced code cannot read what is of one thread; there Hugging Face keeps it for all.
+    if _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get():
         return "a model around this one records outputs"
     for name, value in given.items():
         if name not in _UNDERSTOOD and value is not None and value is not False:

@@ -44,19 +44,26 @@ def head_objection(head: FastHead) -> str | None:
     if "forward" in base.__dict__:
         return f"a replaced forward of {type(base).__name__}"
     for reader in _readers(head, base):
-        if not type(reader).__module__.startswith("transformers.") or "forward" in reader.__dict__:
-            return f"the head reads by a {type(reader).__name__} of {type(reader).__module__}"
         if foreign_hooks(reader):
             return f"a hook on {type(reader).__name__}"
+        if type(reader).__module__.startswith("peft.") and "modules_to_save" in reader._modules:
+            continue  # calls one of those that it holds, which come next
+        if not type(reader).__module__.startswith("transformers.") or "forward" in reader.__dict__:
+            return f"the head reads by a {type(reader).__name__} of {type(reader).__module__}"
         if getattr(reader, "summary_type", "first") != "first":
             return f"the head reads by summary_type={reader.summary_type!r}"
     return None
 
 
 def _readers(head, base):
-    """The modules that are handed the rows of the whole batch; DistilBERT's heads take the first one themselves."""
+    """The modules that are handed the rows of the whole batch, those in an adapter's wrapper included."""
     if "sequence_summary" in head._modules:
-        return [head.sequence_summary]
-    if getattr(base, "pooler", None) is not None:
-        return [base.pooler]
-    return [] if "pre_classifier" in head._modules else [head.classifier]
+        reader = head.sequence_summary
+    elif getattr(base, "pooler", None) is not None:
+        reader = base.pooler
+    elif "pre_classifier" in head._modules:
+        return []  # DistilBERT's heads take the first row themselves
+    else:
+        reader = head.classifier
+    wrapped = reader._modules.get("modules_to_save")
+    return [reader] if wrapped is None else [reader, reader.original_module, *wrapped.values()]
