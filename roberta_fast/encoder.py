@@ -339,8 +339,8 @@ def fast_class(family: Family, role: str) -> type[nn.Module]:
         body["forward"] = make_forward(stock)
     fast = type(stock.__name__, (mixin, stock), body)
     # Hugging Face looks up by the name of a class what its models can record of their layers.
-    if str(stock) in _CAN_RECORD_REGISTRY:
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(fast), dict.__getitem__(_CAN_RECORD_REGISTRY, str(stock)))
+    if hasattr(stock, "_can_record_outputs"):
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(fast), stock._can_record_outputs)
     return fast
 
 
