@@ -359,8 +359,9 @@ def unwrapped(layer: nn.Module) -> nn.Module:
     return layer
 
 
+LANGUAGE_MODELS = ("masked_lm", "causal_lm")
 FIRST_TOKEN_HEADS = ("classifier", "multiple_choice", "next_sentence")
-MODELS = ("masked_lm", "causal_lm", "base", *FIRST_TOKEN_HEADS)
+MODELS = (*LANGUAGE_MODELS, "base", *FIRST_TOKEN_HEADS)
 ROLES = ("layer", "encoder", *MODELS)
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _STOCK_CLASSES = {
