@@ -31,7 +31,8 @@ KINDS = {
     "training": ("train", "mlm", "train-no-dropout", "mlm-no-dropout", "seq2seq"),
 }
 PARTS = ("check", *KINDS)
-OPERATIONS = ("linear", "attention", "add_layer_norm", "linear_gelu", "feed_forward", "fp8_linear", "cross_entropy", "pack")
+OPERATIONS = ("linear", "attention", "add_layer_norm", "linear_gelu", "feed_forward", "fp8_linear", "cross_entropy", "embedding")
+OPERATIONS += ("pack",)
 ANY = "any"
 NO_TESTS, OUT_OF_TIME = 5, 124  # pytest's exit status, and that of the command timeout
 

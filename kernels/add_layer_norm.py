@@ -18,6 +18,7 @@ from roberta_fast.ops import dropout
 @triton.jit
 def add_layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, inverse_ptr, y_ptr, q_ptr, mean_ptr, rstd_ptr, seed_ptr, count_ptr,
+    dropout_rows_ptr,
     N, C, stride_x_n, stride_residual_n, eps, threshold, keep_scale,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -32,8 +33,9 @@ def add_layer_norm_fwd_kernel(
         return
     inside = (rows < real)[:, None] & (columns < C)[None, :]
     z, _ = _pre_norm(
-        x_ptr, residual_ptr, seed_ptr, stride_x_n, stride_residual_n, threshold, keep_scale, rows, columns, inside, BLOCK_C
-    )
+        x_ptr, residual_ptr, seed_ptr, dropout_rows_ptr, stride_x_n, stride_residual_n, threshold, keep_scale,
+        rows, real, columns, inside, BLOCK_C,
+    )  # fmt: skip
     mean = tl.sum(z, axis=1) / C
     centered = tl.where(inside, z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / C + eps)
@@ -52,7 +54,7 @@ def add_layer_norm_fwd_kernel(
 
 @triton.jit
 def add_layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, count_ptr,
+    dy_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, count_ptr, dropout_rows_ptr,
     dz_ptr, dx_ptr, dweight_partials_ptr, dbias_partials_ptr,
     N, C, stride_dy_n, stride_x_n, stride_residual_n, threshold, keep_scale,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -70,8 +72,9 @@ def add_layer_norm_bwd_kernel(
         rows = first + tl.arange(0, BLOCK_N)
         inside = (rows < real)[:, None] & (columns < C)[None, :]
         z, keep = _pre_norm(
-            x_ptr, residual_ptr, seed_ptr, stride_x_n, stride_residual_n, threshold, keep_scale, rows, columns, inside, BLOCK_C
-        )
+            x_ptr, residual_ptr, seed_ptr, dropout_rows_ptr, stride_x_n, stride_residual_n, threshold, keep_scale,
+            rows, real, columns, inside, BLOCK_C,
+        )  # fmt: skip
         mean = tl.load(mean_ptr + rows, mask=rows < real, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < real, other=0.0)
         dy = tl.load(dy_ptr + rows.to(tl.int64)[:, None] * stride_dy_n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -93,19 +96,21 @@ def add_layer_norm_bwd_kernel(
 
 @triton.jit
 def _pre_norm(
-    x_ptr, residual_ptr, seed_ptr, stride_x_n, stride_residual_n, threshold, keep_scale, rows, columns, inside,
-    BLOCK_C: tl.constexpr,
+    x_ptr, residual_ptr, seed_ptr, dropout_rows_ptr, stride_x_n, stride_residual_n, threshold, keep_scale,
+    rows, real, columns, inside, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """(residual + dropout(x) as a float32 tile, zero outside; which of x's elements are kept).
 
     x_ptr, residual_ptr: [N, C], rows stride_*_n elements apart; residual_ptr may be None. seed_ptr: int64 [1]; None: nothing is
-    dropped. threshold, keep_scale: those of ``roberta_fast/ops/dropout.py``. inside: which elements are real.
+    dropped. dropout_rows_ptr: int64 [N], the rows' coordinates in dropout; None: their numbers. threshold, keep_scale: those of
+    ``roberta_fast/ops/dropout.py``. real: how many rows are; inside: which elements.
     """
     far_rows = rows.to(tl.int64)[:, None]
     z = tl.load(x_ptr + far_rows * stride_x_n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     keep = inside
     if seed_ptr is not None:
-        keep = keep_mask(tl.load(seed_ptr), threshold, rows, 0, 0, 0, BLOCK_C)
+        numbers = rows if dropout_rows_ptr is None else tl.load(dropout_rows_ptr + rows, mask=rows < real, other=0)
+        keep = keep_mask(tl.load(seed_ptr), threshold, numbers, 0, 0, 0, BLOCK_C)
         z = tl.where(keep, z * keep_scale, 0.0)
     if residual_ptr is not None:
         z += tl.load(residual_ptr + far_rows * stride_residual_n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -121,11 +126,12 @@ def add_layer_norm_fwd(
     dropout_p: float,
     seed: torch.Tensor | None,
     count: torch.Tensor | None,
+    dropout_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y [N, C] in the dtype of residual, or of x without one; mean, rstd, float32 [N])."""
     y = x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
     mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-    _forward(x, residual, weight, bias, None, eps, dropout_p, (y, None, mean, rstd), seed, count)
+    _forward(x, residual, weight, bias, None, eps, dropout_p, (y, None, mean, rstd), seed, count, dropout_rows)
     return y, mean, rstd
 
 
@@ -141,18 +147,18 @@ def add_layer_norm_fp8(
     """(y as ``add_layer_norm_fwd`` has it without dropout; y · inverse [C] in float8_e4m3fn)."""
     y = x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
     q = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    _forward(x, residual, weight, bias, inverse, eps, 0.0, (y, q, None, None), None, count)
+    _forward(x, residual, weight, bias, inverse, eps, 0.0, (y, q, None, None), None, count, None)
     return y, q
 
 
-def _forward(x, residual, weight, bias, inverse, eps, dropout_p, results, seed, count):
+def _forward(x, residual, weight, bias, inverse, eps, dropout_p, results, seed, count, dropout_rows):
     """Fills ``results``: y, and y in eight bits or mean and rstd, those that are not None."""
     n, hidden = x.shape
     x, residual, weight, bias = (_unit_stride(t) for t in (x, residual, weight, bias))
     tile = _tile(hidden, elements=16)
     if x.numel():
         add_layer_norm_fwd_kernel[(triton.cdiv(n, tile["BLOCK_N"]),)](
-            x, residual, weight, bias, inverse, *results, seed, count,
+            x, residual, weight, bias, inverse, *results, seed, count, _unit_stride(dropout_rows),
             n, hidden, x.stride(0), 0 if residual is None else residual.stride(0), eps, *_dropout(dropout_p), **tile,
         )  # fmt: skip
 
@@ -167,6 +173,7 @@ def add_layer_norm_bwd(
     dropout_p: float,
     seed: torch.Tensor | None,
     count: torch.Tensor | None,
+    dropout_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dz [N, C] in the forward result's dtype; dx [N, C], empty without dropout; dweight, dbias [C])."""
     n, hidden = x.shape
@@ -177,7 +184,8 @@ def add_layer_norm_bwd(
     programs = row_programs(x, 1, tile["BLOCK_N"])
     dweight, dbias = (x.new_empty(programs, hidden, dtype=torch.float32) for _ in range(2))
     add_layer_norm_bwd_kernel[(programs,)](
-        dy, x, residual, weight, mean, rstd, seed, count, dz, dx if dropout_p else None, dweight, dbias,
+        dy, x, residual, weight, mean, rstd, seed, count, _unit_stride(dropout_rows),
+        dz, dx if dropout_p else None, dweight, dbias,
         n, hidden, dy.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), *_dropout(dropout_p), **tile,
     )  # fmt: skip
     return dz, dx, sum_partials(dweight, weight.dtype), sum_partials(dbias, weight.dtype)

@@ -5,19 +5,20 @@ import dataclasses
 from torch import nn
 from transformers import PreTrainedConfig
 
-from roberta_fast import copies, fp8, heads
+from roberta_fast import copies, fp8
 from roberta_fast import encoder as fast
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
-    LANGUAGE_MODELS,
+    MODELS,
     Family,
     family_of,
     family_of_encoder,
-    family_of_language_model,
+    family_of_model,
     supported_model_types,
 )
 from roberta_fast.options import FastOptions
+from roberta_fast.reporting import FastModel, make_fast, make_stock
 
 
 def accelerate_model(model: nn.Module, options: FastOptions | None = None, **overrides) -> nn.Module:
@@ -48,12 +49,12 @@ def accelerate_model(model: nn.Module, options: FastOptions | None = None, **ove
             module.__class__ = fast.fast_class(family, "encoder")
         fast.make_fast(module, options, _owners(model, module))
     for module in list(model.modules()):
-        for role in LANGUAGE_MODELS:
-            family = family_of_language_model(module, role)
+        for role in MODELS:
+            family = family_of_model(module, role)
             if family:
                 module.__class__ = fast.fast_class(family, role)
-        if isinstance(module, heads.FastLanguageModel):
-            heads.make_fast(module, options)
+        if isinstance(module, FastModel):
+            make_fast(module, options)
     set_deterministic(model, options.deterministic)  # of its heads too
     return model
 
@@ -68,8 +69,8 @@ def restore_model(model: nn.Module) -> nn.Module:
     for module in fast_encoders(model):
         fast.make_stock(module, _owners(model, module))
     for module in list(model.modules()):
-        if isinstance(module, heads.FastLanguageModel):
-            heads.make_stock(module)
+        if isinstance(module, FastModel):
+            make_stock(module)
     set_deterministic(model, False)
     return model
 

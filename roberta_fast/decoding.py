@@ -143,7 +143,10 @@ def _cache_objection(cache, crosses):
 
 
 def self_attention(query, key, value, batch, cache: Cache | None, layer: int | None, **options) -> torch.Tensor:
-    """Attention of packed rows [N, H, D] among themselves, and to what ``cache``, which keeps them, has of layer ``layer``."""
+    """Attention of packed rows [N, H, D] among themselves, and to what ``cache``, which keeps them, has of layer ``layer``.
+
+    A batch of ``first_rows`` has queries [B, H, D].
+    """
     decoding = batch.decoding
     if cache is not None:
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
@@ -151,6 +154,8 @@ def self_attention(query, key, value, batch, cache: Cache | None, layer: int | N
         if decoding.past:
             return decoding.past.attend(query, keys, values, causal=True, **options)
     bounds = (batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen)
+    if batch.first_rows:
+        bounds = (torch.arange(batch.batch + 1, dtype=torch.int32, device=query.device), batch.cu_seqlens, 1, batch.max_seqlen)
     return ops.attention(query, key, value, *bounds, causal=decoding is not None, query_only=batch.query_only, **options)
 
 

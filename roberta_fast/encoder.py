@@ -14,14 +14,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.roberta.modeling_roberta import RobertaEncoder as StockRobertaEncoder
 from transformers.utils import ModelOutput
-from transformers.utils.output_capturing import _active_collector
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, _active_collector
 
-from roberta_fast import copies, heads, padding_mask, prepacked
+from roberta_fast import copies, embeddings, first_token, heads, padding_mask, prepacked
 from roberta_fast.decoding import DecoderCall
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
     FAMILIES,
-    LANGUAGE_MODELS,
+    FIRST_TOKEN_HEADS,
     ROLES,
     Family,
     family_of,
@@ -105,11 +105,7 @@ class FastEncoder(Reporting):
             else PackedBatch.of_flattened(hidden_states, flattened, kwargs.get("max_length_q"), self.fast_options)
         )
         watched = "hidden_states" in collected or any(is_watched(layer) for layer in self.layer)
-        eight_bits = self._computes_in_eight_bits(hidden_states, watched)
-        carried = Carried() if eight_bits and self.fast_options.precision == "fp8" else None
-        prepacked = self._reads_prepacked(hidden_states)
-        batch = batch._replace(eight_bits=eight_bits, carried=carried, prepacked=prepacked)
-        arguments, result = (), {}
+        batch, arguments, result = self.prepared(batch, hidden_states, watched), (), {}
         if decodes:
             _check_mask("encoder_attention_mask", cross_mask, "encoder_hidden_states", encoder_hidden_states)
             heads = layer_parts(self.layer[0]).attention.num_attention_heads
@@ -117,19 +113,45 @@ class FastEncoder(Reporting):
             batch, arguments = batch._replace(decoding=decoding), (encoder_rows,)
             result = {"past_key_values": past_key_values if use_cache else None}
         rows = hidden_states if watched else batch.pack(hidden_states)
+        rows = self.run_layers(rows, batch, *arguments, past_key_values=past_key_values if decodes else None, past=call.past)
+        return self.family.output(last_hidden_state=rows if watched else batch.unpack(rows), **result)
+
+    def packed_objection(self) -> str | None:
+        """Why rows that were packed before the embeddings cannot be run through the layers, or None."""
+        watched = (f"a hook on {type(layer).__name__}" for layer in self.layer if is_watched(layer))
+        return encoder_objection(self) or next(watched, None)
+
+    def prepared(self, batch: PackedBatch, rows: torch.Tensor, watched: bool = False) -> PackedBatch:
+        """``batch`` with what this encoder decides for each call on ``rows``: whether its layers compute in 8 bits, and from
+        prepacked weights. watched: whether someone sees what is between the layers."""
+        eight_bits = self._computes_in_eight_bits(rows, watched)
+        carried = Carried() if eight_bits and self.fast_options.precision == "fp8" else None
+        return batch._replace(eight_bits=eight_bits, carried=carried, prepacked=self._reads_prepacked(rows))
+
+    def run_layers(
+        self, rows: torch.Tensor, batch: PackedBatch, *encoder_rows, past_key_values=None, past: int = 0, first_rows: bool = False
+    ) -> torch.Tensor:
+        """The last layer's result for a ``prepared`` batch.
+
+        rows: packed [N, C], or [B, S, C] where someone between the layers wants to see that. encoder_rows, past_key_values: those
+        of a decoder; past: how many tokens the cache has. first_rows: the result is each sequence's first row alone, [B, C].
+        Raises ValueError naming a parameter that is not of rows' dtype.
+        """
         recomputes = self.fast_options.recompute == "layer" and torch.is_grad_enabled()
         # As Hugging Face's checkpointing has it: what is computed twice fills no cache.
-        cache = {"past_key_values": past_key_values} if decodes and (call.past or not recomputes) else {}
+        fills = past_key_values is not None and (past or not recomputes)
+        cache = {"past_key_values": past_key_values} if fills else {}
+        dtype, batches = rows.dtype, [batch] * (len(self.layer) - 1) + [batch._replace(first_rows=first_rows)]
         try:
-            for layer in self.layer:
+            for layer, layer_batch in zip(self.layer, batches, strict=True):
                 call_layer = functools.partial(checkpoint, layer, use_reentrant=False) if recomputes else layer
-                rows = call_layer(rows, batch, *arguments, **cache)
+                rows = call_layer(rows, layer_batch, *encoder_rows, **cache)
         except (RuntimeError, ValueError) as error:
-            mixed = _mixed_dtype(self, hidden_states.dtype)
+            mixed = _mixed_dtype(self, dtype)
             if mixed is None:
                 raise
             raise ValueError(mixed) from error
-        return self.family.output(last_hidden_state=rows if watched else batch.unpack(rows), **result)
+        return rows
 
     def _decoder_objection(self, call, mask, flattened):
         """Why a decoder takes the stock path in this call, or None: one of its layers never does so alone."""
@@ -318,7 +340,7 @@ def _attentions(encoder):
 def fast_class(family: Family, role: str) -> type[nn.Module]:
     """The fast subclass of a family's stock class for one of ``ROLES``. It keeps the stock name, by which FSDP wraps."""
     stock = family.stock_class(role)
-    mixin = {"layer": FastLayer, "encoder": FastEncoder}.get(role, heads.FastLanguageModel)
+    mixin, make_forward = _MADE_OF[role]
     body = {
         "__module__": __name__,
         "__qualname__": _global_name(family, role),
@@ -326,9 +348,24 @@ def fast_class(family: Family, role: str) -> type[nn.Module]:
         "family": family,
         "stock": stock,
     }
-    if role in LANGUAGE_MODELS:
-        body["forward"] = heads.fused_forward(stock, causal=role == "causal_lm")
-    return type(stock.__name__, (mixin, stock), body)
+    if make_forward:
+        body["forward"] = make_forward(stock)
+    fast = type(stock.__name__, (mixin, stock), body)
+    # Hugging Face looks up by the name of a class what its models can record of their layers.
+    if hasattr(stock, "_can_record_outputs"):
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(fast), stock._can_record_outputs)
+    return fast
+
+
+# Role to (mixin, what makes the forward where that of the mixin has not the signature of every stock class).
+_MADE_OF = {
+    "layer": (FastLayer, None),
+    "encoder": (FastEncoder, None),
+    "masked_lm": (heads.FastLanguageModel, functools.partial(heads.fused_forward, causal=False)),
+    "causal_lm": (heads.FastLanguageModel, functools.partial(heads.fused_forward, causal=True)),
+    "base": (embeddings.FastBaseModel, embeddings.packed_forward),
+    **dict.fromkeys(FIRST_TOKEN_HEADS, (first_token.FastHead, first_token.first_row_forward)),
+}
 
 
 def _global_name(family, role):

@@ -145,6 +145,8 @@ class Family(NamedTuple):
     layer, encoder: names of its stock classes there. parts: finds the parts of a layer.
     output: what its encoder returns; ``BaseModelOutput`` where it cannot be a decoder.
     masked_lm, causal_lm: names of its language models there, or None. head: finds the parts of such a model's head.
+    prefix: of the names of its base model and the heads on it, where that model's forward is the one that ``embeddings.py`` has.
+    embeddings: the name of that model's embeddings.
     """
 
     model_types: tuple[str, ...]
@@ -156,6 +158,17 @@ class Family(NamedTuple):
     masked_lm: str | None = None
     causal_lm: str | None = None
     head: Callable[[nn.Module], HeadParts] = bert_head
+    prefix: str | None = None
+    embeddings: str | None = None
+
+    # The names of what is built on the prefix, of each of ``MODELS``; None where the family has no such class.
+    base = property(lambda self: self._named("{}Model"))
+    classifier = property(lambda self: self._named("{}ForSequenceClassification"))
+    multiple_choice = property(lambda self: self._named("{}ForMultipleChoice"))
+    next_sentence = property(lambda self: self._named("{}ForNextSentencePrediction", ("Bert", "Ernie")))
+
+    def _named(self, name, prefixes=None):
+        return name.format(self.prefix) if self.prefix in (prefixes or (self.prefix,)) and self.prefix else None
 
     def stock_class(self, role: str) -> type[nn.Module]:
         """The stock class for one of ``ROLES``, imported now; also while a replacement stands in its place."""
@@ -182,6 +195,8 @@ FAMILIES = (
         masked_lm="RobertaForMaskedLM",
         causal_lm="RobertaForCausalLM",
         head=roberta_head,
+        prefix="Roberta",
+        embeddings="RobertaEmbeddings",
     ),
     Family(
         ("bert", "dpr"),
@@ -190,6 +205,8 @@ FAMILIES = (
         "BertEncoder",
         masked_lm="BertForMaskedLM",
         causal_lm="BertLMHeadModel",
+        prefix="Bert",
+        embeddings="BertEmbeddings",
     ),
     Family(
         ("xlm-roberta",),
@@ -199,6 +216,8 @@ FAMILIES = (
         masked_lm="XLMRobertaForMaskedLM",
         causal_lm="XLMRobertaForCausalLM",
         head=roberta_head,
+        prefix="XLMRoberta",
+        embeddings="XLMRobertaEmbeddings",
     ),
     Family(
         ("camembert",),
@@ -208,6 +227,8 @@ FAMILIES = (
         masked_lm="CamembertForMaskedLM",
         causal_lm="CamembertForCausalLM",
         head=roberta_head,
+        prefix="Camembert",
+        embeddings="CamembertEmbeddings",
     ),
     Family(
         ("distilbert",),
@@ -218,6 +239,8 @@ FAMILIES = (
         output=BaseModelOutput,
         masked_lm="DistilBertForMaskedLM",
         head=distilbert_head,
+        prefix="DistilBert",
+        embeddings="Embeddings",
     ),
     Family(
         ("electra",),
@@ -227,6 +250,8 @@ FAMILIES = (
         masked_lm="ElectraForMaskedLM",
         causal_lm="ElectraForCausalLM",
         head=electra_head,
+        prefix="Electra",
+        embeddings="ElectraEmbeddings",
     ),
     Family(
         ("ernie",),
@@ -235,6 +260,8 @@ FAMILIES = (
         "ErnieEncoder",
         masked_lm="ErnieForMaskedLM",
         causal_lm="ErnieForCausalLM",
+        prefix="Ernie",
+        embeddings="ErnieEmbeddings",
     ),
     Family(
         ("data2vec-text",),
@@ -244,6 +271,8 @@ FAMILIES = (
         masked_lm="Data2VecTextForMaskedLM",
         causal_lm="Data2VecTextForCausalLM",
         head=roberta_head,
+        prefix="Data2VecText",
+        embeddings="Data2VecTextEmbeddings",
     ),
     Family(
         ("roc_bert",),
@@ -306,8 +335,8 @@ def family_of_encoder(module: nn.Module) -> Family | None:
     return _family_by_class("encoder", module)
 
 
-def family_of_language_model(module: nn.Module, role: str) -> Family | None:
-    """The family whose stock ``role``, one of ``LANGUAGE_MODELS``, ``module`` is an exact instance of, or None."""
+def family_of_model(module: nn.Module, role: str) -> Family | None:
+    """The family whose stock ``role``, one of ``MODELS``, ``module`` is an exact instance of, or None."""
     return _family_by_class(role, module)
 
 
@@ -334,7 +363,9 @@ def unwrapped(layer: nn.Module) -> nn.Module:
 
 
 LANGUAGE_MODELS = ("masked_lm", "causal_lm")
-ROLES = ("layer", "encoder", *LANGUAGE_MODELS)
+FIRST_TOKEN_HEADS = ("classifier", "multiple_choice", "next_sentence")
+MODELS = (*LANGUAGE_MODELS, "base", *FIRST_TOKEN_HEADS)
+ROLES = ("layer", "encoder", *MODELS)
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _STOCK_CLASSES = {
     (role, f"transformers.models.{family.module}", getattr(family, role)): family

@@ -19,14 +19,13 @@ from roberta_fast import ops
 from roberta_fast.families import is_plain
 from roberta_fast.layer import activated, add_norm, foreign_hooks
 from roberta_fast.ops.registration import TRANSFORMED, is_transformed
-from roberta_fast.options import FastOptions
 from roberta_fast.packing import PackedBatch
-from roberta_fast.reporting import Reporting
+from roberta_fast.reporting import FastModel
 
 IGNORE_INDEX = -100  # that of torch.nn.CrossEntropyLoss, which these models use as it is
 
 
-class FastLanguageModel(Reporting):
+class FastLanguageModel(FastModel):
     """Mixin before a stock language model: its loss from the labelled rows."""
 
     def _loss_of(self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items=None) -> torch.Tensor:
@@ -107,16 +106,3 @@ def head_objection(model: nn.Module) -> str | None:
     if not is_plain(parts.decoder, nn.Linear):
         return f"the decoder is a {type(parts.decoder).__name__}"
     return None
-
-
-def make_fast(model: nn.Module, options: FastOptions) -> None:
-    """Puts a fast model's options in order."""
-    model.fast_options, model.stock_calls = options, {}
-
-
-def make_stock(model: nn.Module) -> None:
-    """Undoes ``make_fast`` and the change of class."""
-    stock = model.stock
-    for name in ("fast_options", "stock_calls"):
-        model.__dict__.pop(name, None)
-    model.__class__ = stock

@@ -19,7 +19,7 @@ class FastLayer(CopiesHolder):
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         """One block. With a ``PackedBatch`` as attention_mask: packed rows [N, C] in and out, or [B, S, C] in and out
         where someone between the layers wants to see that shape; a decoder's layer also takes the encoder's packed rows [M, C],
-        by position, and ``past_key_values``. With anything else: the stock layer."""
+        by position, and ``past_key_values``. A batch of ``first_rows`` comes packed. With anything else: the stock layer."""
         if not isinstance(attention_mask, PackedBatch):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         batch = attention_mask
@@ -31,7 +31,8 @@ class FastLayer(CopiesHolder):
         if reason:
             if batch.is_flattened:
                 raise NotImplementedError(f"roberta_fast: the stock layer would run, {reason}, {SEE_EACH_OTHER}")
-            return self._stock_block(hidden_states, batch)
+            rows = self._stock_block(hidden_states, batch)
+            return rows.index_select(0, batch.asking) if batch.first_rows else rows
         if hidden_states.dim() == 2:
             return self._block(hidden_states, batch, parts, *decoder)
         return batch.unpack(self._block(batch.pack(hidden_states), batch, parts, *decoder))
@@ -41,12 +42,14 @@ class FastLayer(CopiesHolder):
         attends_to_encoder = batch.decoding is not None and batch.decoding.crosses
         if attends_to_encoder:
             dropouts += [parts.cross.attention_dropout, parts.cross.attention_output_dropout]
-        p = [_probability(module) for module in dropouts]
+        p = [dropout_probability(module) for module in dropouts]
         seeds = dropout.new_seeds(len(p), rows.device) if any(p) else None
         copies = copies_of(self, parts) if batch.eight_bits else None
         inverses = copies.inverses if copies else (None, None)
 
         projections = _query_key_value(rows, parts, batch, copies)
+        if batch.first_rows:  # only attention needs the others
+            rows, batch = rows.index_select(0, batch.asking), batch._replace(count=None)
         context = self_attention(*projections, batch, cache, **_attention_options(parts, p, seeds, 0, batch)).flatten(1)
         projected = copies.attention_output(context, batch) if copies else linear(parts.attention_output, context, batch)
         rows = add_norm(projected, rows, parts.attention_norm, p[1], seeds, 1, batch, inverses[0])
@@ -101,19 +104,19 @@ def layer_objection(layer: nn.Module, parts: LayerParts) -> str | None:
             return f"{type(module).__name__} is no class of Hugging Face's"
     dropouts = (parts.attention_dropout, parts.attention_output_dropout, parts.output_dropout)
     for module in (*dropouts, *((crossing.attention_dropout, crossing.attention_output_dropout) if crossing else ())):
-        if module is not None and not _is_plain_dropout(module):
+        if module is not None and not is_plain_dropout(module):
             return f"dropout by a {type(module).__name__}"
     return None
 
 
-def _is_plain_dropout(module):
+def is_plain_dropout(module):
     """Whether only its probability matters, and is one that can be scaled away."""
     if type(module) is nn.Dropout:
         return "forward" not in module.__dict__ and (module.p < 1.0 or not module.training)
     return type(module) is nn.Identity
 
 
-def _probability(dropout):
+def dropout_probability(dropout):
     """The probability by which a part drops now."""
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
@@ -156,15 +159,24 @@ def _attend_to_encoder(parts, rows, encoder_rows, batch, cache, p, seeds):
 
 
 def _query_key_value(rows, parts, batch, copies=None):
-    """Three [N, H, D] views. One GEMM on CUDA, where concatenating the weights costs less than two more launches."""
+    """Three [N, H, D] views; of the query [B, H, D] where only first rows ask.
+
+    One GEMM on CUDA for those of all rows, where concatenating the weights costs less than more launches.
+    """
     projections = (parts.query, parts.key, parts.value)
     heads = (-1, parts.attention.attention_head_size)
     if copies:
-        return copies.query_key_value(rows, batch).unflatten(1, (3, *heads)).unbind(1)
+        query, key, value = copies.query_key_value(rows, batch).unflatten(1, (3, *heads)).unbind(1)
+        return (query.index_select(0, batch.asking) if batch.first_rows else query), key, value
+    first = ()
+    if batch.first_rows:
+        of_first = linear(parts.query, rows.index_select(0, batch.asking), batch._replace(count=None))
+        first, projections = (of_first.unflatten(1, heads),), projections[1:]
     if rows.is_cuda and all(is_plain(p, nn.Linear) and p.bias is not None for p in projections):
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
-        return ops.linear(rows, weight, bias, count=batch.count, **_how(batch)).unflatten(1, (3, *heads)).unbind(1)
-    return tuple(linear(p, rows, batch).unflatten(1, heads) for p in projections)
+        joined = ops.linear(rows, weight, bias, count=batch.count, **_how(batch))
+        return *first, *joined.unflatten(1, (len(projections), *heads)).unbind(1)
+    return *first, *(linear(p, rows, batch).unflatten(1, heads) for p in projections)
 
 
 def _feed_forward(rows, parts, batch):
@@ -199,6 +211,7 @@ def add_norm(x, residual, norm, p, seeds, index, batch, inverse=None):
     if not is_plain(norm, nn.LayerNorm) or norm.bias is None:
         return batch.real(norm(batch.real(residual + nn.functional.dropout(x, p))))
     options = {"dropout_p": p, "seed": seed, "count": batch.count, "backend": batch.options.backend}
+    options["dropout_rows"] = batch.asking if p else None  # a row drops the same in whatever company it is
     return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, **options)
 
 

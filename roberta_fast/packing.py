@@ -36,7 +36,8 @@ class PackedBatch(NamedTuple):
     batch, seqlen: B and S. max_seqlen: an upper bound on the sequences' lengths. options: how the layers compute.
     eight_bits: whether layers that hold 8-bit weights compute with them now. carried: what brings rows in 8-bit floating point
         from one product to the next, or None. prepacked: whether weights are read in MKL's layout now.
-    decoding: in a decoder, a ``roberta_fast.decoding.Decoding``.
+    decoding: in a decoder, a ``roberta_fast.decoding.Decoding``. first_rows: whether a layer is asked for each sequence's first
+        row alone, [B, C].
     The caller may have packed: then cu_seqlens divides the one row of [1, S].
     """
 
@@ -53,10 +54,11 @@ class PackedBatch(NamedTuple):
     carried: Carried | None = None
     prepacked: bool = False
     decoding: tuple | None = None
+    first_rows: bool = False
 
     @classmethod
     def of(cls, hidden_states: torch.Tensor, mask: torch.Tensor | None, options: FastOptions) -> "PackedBatch":
-        """The packing of ``hidden_states`` [B, S, C] under ``mask`` [B, S] or None."""
+        """The packing of ``hidden_states`` [B, S, C], or of ids [B, S], under ``mask`` [B, S] or None."""
         batch, seqlen = hidden_states.shape[:2]
         if mask is None:
             cu_seqlens = torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=hidden_states.device)
@@ -93,6 +95,11 @@ class PackedBatch(NamedTuple):
         if self.indices is None:
             return rows.view(self.batch, self.seqlen, rows.shape[-1])
         return ops.unpack(rows, self.indices, self.batch, self.seqlen, self.count, backend=self.options.backend)
+
+    @property
+    def asking(self) -> torch.Tensor | None:
+        """int64 [B], which of the rows attention is asked for; None: all."""
+        return self.cu_seqlens[:-1].long() if self.first_rows else None
 
     def real(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [N, C] with zeros where they are not real, for modules that would take what stands there into a sum."""

@@ -10,16 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from roberta_fast import copies, dispatch
+from roberta_fast import copies, dispatch, first_token
 from roberta_fast.accelerate import fast_encoders, restore_model
+from roberta_fast.embeddings import FastBaseModel, base_objection
 from roberta_fast.encoder import encoder_objection
 from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
+from roberta_fast.first_token import FastHead
 from roberta_fast.heads import FastLanguageModel, head_objection
 from roberta_fast.layer import layer_objection, linears
 from roberta_fast.ops.feed_forward import is_fused
 from roberta_fast.ops.linear import prepack_objection
 from roberta_fast.ops.registration import facts_of
 from roberta_fast.prepacked import is_packed
+from roberta_fast.reporting import FastModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Explanation:
     backends: ``{operation: (forward backend, backward backend)}``. fallbacks: reasons known beforehand, empty where everything
     runs on the fastest backend that there is. stock_calls: ``{reason: calls}`` that took the stock path so far. precision: which
     of the layers multiply in 8 bits. fp32_calls: ``{reason: calls}`` that should have done so and did not. prepack: how many
-    weights lie in MKL's layout by now, None where that was not asked for.
+    weights lie in MKL's layout by now, None where that was not asked for. whole_calls: ``{reason: calls}`` on fast layers that
+    computed rows which could have been left out: a base model's embeddings of padding, or a head's last layer.
     """
 
     encoders: int
@@ -42,6 +46,7 @@ class Explanation:
     precision: str = "as the model"
     fp32_calls: dict[str, int] = dataclasses.field(default_factory=dict)
     prepack: str | None = None
+    whole_calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.backends)
@@ -53,6 +58,7 @@ class Explanation:
         lines += [f"  fallback: {reason}" for reason in self.fallbacks] or ["  no fallback"]
         lines += [f"  stock path, {calls} call(s): {reason}" for reason, calls in self.stock_calls.items()]
         lines += [f"  in fp32, {calls} call(s): {reason}" for reason, calls in self.fp32_calls.items()]
+        lines += [f"  all rows, {calls} call(s): {reason}" for reason, calls in self.whole_calls.items()]
         return "\n".join(lines)
 
 
@@ -81,7 +87,11 @@ def explain(model: nn.Module) -> Explanation:
         operations |= {name: (name, None) for name in copies.KINDS[options.precision].operations}  # compute in inference alone
     if is_fused(options.recompute == "gelu", weight.is_cuda, requested):
         operations["feed_forward"] = "linear_gelu", "feed_forward_backward"
-    language_models = [module for module in model.modules() if isinstance(module, FastLanguageModel) and options.fuse_lm_head]
+    models = [module for module in model.modules() if isinstance(module, FastModel)]
+    language_models = [module for module in models if isinstance(module, FastLanguageModel) and options.fuse_lm_head]
+    bases = [module for module in models if isinstance(module, FastBaseModel)]
+    if not all(map(base_objection, bases)):
+        operations["embedding"] = "embedding", "embedding_backward"
     if language_models:
         operations["cross_entropy"] = "cross_entropy", "cross_entropy"  # which leaves products alone to the backward pass
     for name, passes in operations.items():
@@ -101,12 +111,19 @@ def explain(model: nn.Module) -> Explanation:
     for layer in layers:
         reasons.update(_layer_fallbacks(layer, options.precision))
     reasons.update(f"the head computes all logits: {reason}" for reason in filter(None, map(head_objection, language_models)))
+    for base in bases:
+        reasons.update(f"the embeddings of padding are computed: {reason}" for reason in filter(None, [base_objection(base)]))
+    for head in models:
+        reason = isinstance(head, FastHead) and first_token.head_objection(head)
+        reasons.update([f"the last layer computes all rows: {reason}"] if reason else [])
     prepack = None
     if options.prepack:
         modules = [m for layer in layers for m in linears(layer_parts(layer)).values() if is_plain(m, nn.Linear)]
         prepack = f"{sum(is_packed(m.weight) for m in modules)} of {len(modules)} weights by now"
         reasons.update(f"no weight is prepacked: {reason}" for reason in filter(None, [prepack_objection(weight)]))
-    stock_calls, fp32_calls = Counter(), Counter()
+    stock_calls, fp32_calls, whole_calls = Counter(), Counter(), Counter()
+    for module in models:
+        whole_calls.update(module.whole_calls)
     for module in (*encoders, *language_models):
         stock_calls.update(module.stock_calls)
     for encoder in encoders:
@@ -123,6 +140,7 @@ def explain(model: nn.Module) -> Explanation:
         precision=precision,
         fp32_calls=dict(fp32_calls),
         prepack=prepack,
+        whole_calls=dict(whole_calls),
     )
 
 

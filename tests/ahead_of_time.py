@@ -32,6 +32,7 @@ from roberta_fast.kernels import (
     add_layer_norm,
     attention,
     cross_entropy,
+    embedding,
     feed_forward,
     fp8_linear,
     linear,
@@ -99,14 +100,28 @@ def feed_forward_backward(
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-def both_add_layer_norm(x: torch.dtype, residual: torch.dtype | None, dropout_p: float, hidden: int = 768) -> None:
-    """Forward and backward with float32 weights."""
+def both_add_layer_norm(
+    x: torch.dtype, residual: torch.dtype | None, dropout_p: float, hidden: int = 768, of_others: bool = False
+) -> None:
+    """Forward and backward with float32 weights; ``of_others``: of rows that were taken from among others."""
     z = None if residual is None else meta(8192, hidden, dtype=residual)
     x, dy = meta(8192, hidden, dtype=x), meta(8192, hidden, dtype=residual or x)
     weight, statistics = meta(hidden, dtype=torch.float32), meta(8192, dtype=torch.float32)
-    seed = SEED if dropout_p else None
-    add_layer_norm.add_layer_norm_fwd(x, z, weight, weight, 1e-5, dropout_p, seed, COUNT)
-    add_layer_norm.add_layer_norm_bwd(dy, x, z, weight, statistics, statistics, dropout_p, seed, COUNT)
+    seed, numbers = SEED if dropout_p else None, meta(8192, dtype=torch.int64) if of_others else None
+    add_layer_norm.add_layer_norm_fwd(x, z, weight, weight, 1e-5, dropout_p, seed, COUNT, numbers)
+    add_layer_norm.add_layer_norm_bwd(dy, x, z, weight, statistics, statistics, dropout_p, seed, COUNT, numbers)
+
+
+def both_embedding(
+    dtype: torch.dtype, given: bool, types: bool, dropout_p: float, hidden: int = 768, ids: torch.dtype = torch.int64
+) -> None:
+    """Forward, and of the backward pass what precedes LayerNorm's. given: position and type ids are; types: there is a table."""
+    word, position, token_type = (meta(rows, hidden, dtype=dtype) for rows in (50265, 514, 2))
+    more = meta(32, 512, dtype=ids) if given else None
+    lookup = meta(32, 512, dtype=ids), more, more if types else None, meta(8192, dtype=torch.int64)
+    tables, drops = (word, position, token_type if types else None), (dropout_p, SEED if dropout_p else None, COUNT)
+    embedding.embedding_fwd(*lookup, *tables, meta(hidden, dtype=dtype), meta(hidden, dtype=dtype), 1e-5, *drops)
+    embedding.embedding_bwd(meta(8192, hidden, dtype=dtype), *lookup, *tables, *drops)
 
 
 def all_of_pack(dtype: torch.dtype, mask: torch.dtype = torch.int64) -> None:
@@ -183,6 +198,11 @@ CASES: dict[str, Case] = {
     "add_layer_norm/MiniLM, no residual": Case(lambda: both_add_layer_norm(BF16, None, 0.0, 384)),
     "add_layer_norm/float32 residual": Case(lambda: both_add_layer_norm(BF16, FP32, 0.1)),
     "add_layer_norm/float32, widest": Case(lambda: both_add_layer_norm(FP32, FP32, 0.1, 4096)),
+    "add_layer_norm/of others": Case(lambda: both_add_layer_norm(BF16, BF16, 0.1, of_others=True)),
+    "embedding/RoBERTa, dropout": Case(lambda: both_embedding(BF16, True, True, 0.1), default=True),
+    "embedding/BERT large": Case(lambda: both_embedding(BF16, False, True, 0.0, 1024)),
+    "embedding/DistilBERT, int32": Case(lambda: both_embedding(FP16, False, False, 0.1, ids=torch.int32)),
+    "embedding/MiniLM, float32": Case(lambda: both_embedding(FP32, False, True, 0.1, 384)),
     "attention/bfloat16": Case(lambda: both_attention(BF16)),
     "attention/bfloat16, dropout": Case(lambda: both_attention(BF16, dropout_p=0.1), default=True),
     "attention/bfloat16, dropout, S=128": Case(lambda: both_attention(BF16, longest=128, dropout_p=0.1), default=True),

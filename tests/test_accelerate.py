@@ -200,9 +200,11 @@ def test_gradient_checkpointing_recomputes_the_same_dropout(reentrant, model, in
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     recomputed = gradients()
     assert len(calls) == 1 + 2, "the layer must run again in backward"
-    for before, after in zip(plain, recomputed, strict=True):
-        # Recomputing adds the same terms in another order; other dropout would differ by far more.
-        assert (before - after).abs().max() <= 1e-5 * before.abs().max()
+    # Recomputing adds the same terms in another order; other dropout would differ by far more. All are seen as one vector, since
+    # a key's bias has no gradient but for rounding.
+    plain, recomputed = (torch.cat([g.flatten() for g in gradients]) for gradients in (plain, recomputed))
+    assert (plain - recomputed).abs().max() <= 1e-5 * plain.abs().max()
+    assert explain(model).whole_calls == {}, "the hook that asks for gradients looks at nothing"
 
 
 @pytest.mark.slow

@@ -3,9 +3,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <vector>
-
 #include "common.h"
+#include "layer_norm.h"
 
 namespace roberta_fast {
 namespace {
@@ -21,6 +20,7 @@ struct Forward {
   int64_t stride_x, stride_residual, hidden;
   double eps;
   Dropout dropout;
+  const int64_t* dropout_rows;  // the rows' coordinates in dropout, or null where they are 0, 1, 2, ...
 };
 
 struct Backward {
@@ -35,20 +35,8 @@ struct Backward {
   float* partials;  // [chunks, 2 * hidden]: each chunk's sums for dweight and dbias
   int64_t stride_dy, stride_x, stride_residual, hidden, rows, chunk_rows;
   Dropout dropout;
+  const int64_t* dropout_rows;
 };
-
-// Draws of a whole row, into a buffer with room for a multiple of 8 * WIDTH.
-template <class Isa>
-ALWAYS_INLINE void draw_row(const Dropout& dropout, int64_t row, int64_t hidden, std::vector<uint16_t>& draws) {
-  if (!dropout) return;
-  for (int64_t c = 0; c < hidden; c += DRAWS_PER_CALL * Isa::WIDTH) row_draws<Isa>(dropout, row, c, 0, 0, &draws[c]);
-}
-
-template <class Isa>
-ALWAYS_INLINE std::vector<uint16_t> draw_buffer(const Dropout& dropout, int64_t hidden) {
-  constexpr int64_t STEP = DRAWS_PER_CALL * Isa::WIDTH;
-  return std::vector<uint16_t>(dropout ? (hidden + STEP - 1) / STEP * STEP : 0);
-}
 
 // The n elements from column c on of residual + dropout(x).
 template <class Isa, class Params>
@@ -63,7 +51,7 @@ ALWAYS_INLINE void forward_rows(const Forward& p, int64_t begin, int64_t end) {
   constexpr int W = Isa::WIDTH;
   std::vector<uint16_t> draws = draw_buffer<Isa>(p.dropout, p.hidden);
   for (int64_t row = begin; row < end; ++row) {
-    draw_row<Isa>(p.dropout, row, p.hidden, draws);
+    draw_row<Isa>(p.dropout, p.dropout_rows ? p.dropout_rows[row] : row, p.hidden, draws);
     // y holds z until the statistics are known; a row stays in the first-level cache between the passes.
     float* y = p.y + row * p.hidden;
     Floats<Isa> total = {};
@@ -72,23 +60,9 @@ ALWAYS_INLINE void forward_rows(const Forward& p, int64_t begin, int64_t end) {
       store_first(y + c, z, p.hidden - c);
       total += z;
     }
-    const float mean = sum(total) / p.hidden;
-    Floats<Isa> squares = {};
-    int64_t c = 0;
-    for (; c + W <= p.hidden; c += W) {
-      const Floats<Isa> centred = load<Floats<Isa>>(y + c) - mean;
-      squares += centred * centred;
-    }
-    float square_sum = sum(squares);
-    for (; c < p.hidden; ++c) square_sum += (y[c] - mean) * (y[c] - mean);
-    const float rstd = static_cast<float>(1.0 / std::sqrt(square_sum / static_cast<double>(p.hidden) + p.eps));
-    for (c = 0; c < p.hidden; c += W) {
-      const int64_t n = p.hidden - c;
-      const Floats<Isa> normalized = (load_first<Floats<Isa>>(y + c, n) - mean) * rstd;
-      store_first(y + c, normalized * load_first<Floats<Isa>>(p.weight + c, n) + load_first<Floats<Isa>>(p.bias + c, n), n);
-    }
-    p.mean[row] = mean;
-    p.rstd[row] = rstd;
+    const RowStatistics statistics = normalize_row<Isa>(y, sum(total), p.hidden, p.weight, p.bias, p.eps);
+    p.mean[row] = statistics.mean;
+    p.rstd[row] = statistics.rstd;
   }
 }
 ROBERTA_FAST_KERNEL(forward_rows, Forward)
@@ -102,7 +76,7 @@ ALWAYS_INLINE void backward_chunks(const Backward& p, int64_t begin, int64_t end
     float* dweight = p.partials + 2 * chunk * p.hidden;
     float* dbias = dweight + p.hidden;
     for (int64_t row = chunk * p.chunk_rows; row < std::min((chunk + 1) * p.chunk_rows, p.rows); ++row) {
-      draw_row<Isa>(p.dropout, row, p.hidden, draws);
+      draw_row<Isa>(p.dropout, p.dropout_rows ? p.dropout_rows[row] : row, p.hidden, draws);
       const float* dy = p.dy + row * p.stride_dy;
       float* dz = p.dz + row * p.hidden;
       const float mean = p.mean[row], rstd = p.rstd[row];
@@ -143,16 +117,26 @@ std::optional<at::Tensor> checked_residual(const std::optional<at::Tensor>& resi
   return as_float(*residual);
 }
 
+at::Tensor checked_rows(const std::optional<at::Tensor>& dropout_rows, int64_t n) {
+  if (!dropout_rows.has_value()) return {};
+  TORCH_CHECK_VALUE(dropout_rows->device().is_cpu() && dropout_rows->scalar_type() == at::kLong,
+                    "dropout_rows must be int64 on the CPU, got ", dropout_rows->scalar_type(), " on ", dropout_rows->device());
+  check_shape(*dropout_rows, "dropout_rows", {n});
+  return dropout_rows->contiguous();
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd(const at::Tensor& x, const std::optional<at::Tensor>& residual,
                                                                   const at::Tensor& weight, const at::Tensor& bias, double eps,
                                                                   double dropout_p, const std::optional<at::Tensor>& seed,
-                                                                  const std::optional<at::Tensor>& count) {
+                                                                  const std::optional<at::Tensor>& count,
+                                                                  const std::optional<at::Tensor>& dropout_rows) {
   check_float(x, "x", 2);
   const int64_t n = x.size(0), hidden = x.size(1);
   check_shape(weight, "weight", {hidden});
   check_shape(bias, "bias", {hidden});
   const at::Tensor rows = with_unit_stride(x), scale = as_float(weight), shift = as_float(bias);
   const std::optional<at::Tensor> added = checked_residual(residual, x);
+  const at::Tensor numbers = checked_rows(dropout_rows, n);
   const at::Tensor y = at::empty({n, hidden}, x.options()), mean = at::empty({n}, x.options()),
                    rstd = at::empty({n}, x.options());
   const Forward params{rows.const_data_ptr<float>(),
@@ -166,7 +150,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd(const at::Tens
                        added ? added->stride(0) : 0,
                        hidden,
                        eps,
-                       make_dropout(dropout_p, seed)};
+                       make_dropout(dropout_p, seed),
+                       numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr};
   at::parallel_for(0, real_rows(count, n), rows_per_task(hidden),
                    [&](int64_t begin, int64_t end) { forward_rows_for_cpu(params, begin, end); });
   return {residual ? y.to(residual->scalar_type()) : y, mean, rstd};
@@ -177,7 +162,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(co
                                                                               const at::Tensor& weight, const at::Tensor& mean,
                                                                               const at::Tensor& rstd, double dropout_p,
                                                                               const std::optional<at::Tensor>& seed,
-                                                                              const std::optional<at::Tensor>& count) {
+                                                                              const std::optional<at::Tensor>& count,
+                                                                              const std::optional<at::Tensor>& dropout_rows) {
   check_float(x, "x", 2);
   const int64_t n = x.size(0), hidden = x.size(1);
   check_shape(dy, "dy", x.sizes());
@@ -189,6 +175,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(co
   const at::Tensor gradient = as_float(dy), rows = with_unit_stride(x), scale = as_float(weight);
   const at::Tensor means = mean.contiguous(), rstds = rstd.contiguous();
   const std::optional<at::Tensor> added = checked_residual(residual, x);
+  const at::Tensor numbers = checked_rows(dropout_rows, n);
   const int64_t real = real_rows(count, n);
   const RowChunks chunks(real);
   const at::Tensor dz = at::empty({n, hidden}, x.options());
@@ -209,7 +196,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(co
                         hidden,
                         real,
                         chunks.rows,
-                        make_dropout(dropout_p, seed)};
+                        make_dropout(dropout_p, seed),
+                        numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr};
   at::parallel_for(0, chunks.number, std::max<int64_t>(1, rows_per_task(hidden) / chunks.rows),
                    [&](int64_t begin, int64_t end) { backward_chunks_for_cpu(params, begin, end); });
   const at::Tensor sums = column_sums(partials).to(weight.scalar_type());
@@ -223,11 +211,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(co
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def(
       "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p=0.0, "
-      "Tensor? seed=None, Tensor? count=None) -> (Tensor, Tensor, Tensor)",
+      "Tensor? seed=None, Tensor? count=None, Tensor? dropout_rows=None) -> (Tensor, Tensor, Tensor)",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(add_layer_norm_fwd)));
   m.def(
       "add_layer_norm_bwd(Tensor dy, Tensor x, Tensor? residual, Tensor weight, Tensor mean, Tensor rstd, "
-      "float dropout_p=0.0, Tensor? seed=None, Tensor? count=None) -> (Tensor, Tensor, Tensor, Tensor)",
+      "float dropout_p=0.0, Tensor? seed=None, Tensor? count=None, Tensor? dropout_rows=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor)",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(add_layer_norm_bwd)));
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "simd.h"
 
@@ -78,6 +79,19 @@ ALWAYS_INLINE Floats<Isa> drop(const Dropout& dropout, const Floats<Isa>& x, con
   const auto halves = load<typename VectorOf<uint16_t, Isa::WIDTH>::type>(draws);
   const auto words = __builtin_convertvector(halves, Words<Isa>);
   return words >= dropout.threshold ? x * dropout.scale : Floats<Isa>{};
+}
+
+// Draws of a whole row, into a buffer with room for a multiple of 8 * WIDTH.
+template <class Isa>
+ALWAYS_INLINE void draw_row(const Dropout& dropout, int64_t row, int64_t hidden, std::vector<uint16_t>& draws) {
+  if (!dropout) return;
+  for (int64_t c = 0; c < hidden; c += DRAWS_PER_CALL * Isa::WIDTH) row_draws<Isa>(dropout, row, c, 0, 0, &draws[c]);
+}
+
+template <class Isa>
+ALWAYS_INLINE std::vector<uint16_t> draw_buffer(const Dropout& dropout, int64_t hidden) {
+  constexpr int64_t STEP = DRAWS_PER_CALL * Isa::WIDTH;
+  return std::vector<uint16_t>(dropout ? (hidden + STEP - 1) / STEP * STEP : 0);
 }
 
 }  // namespace roberta_fast

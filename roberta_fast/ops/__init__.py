@@ -3,6 +3,7 @@
 from roberta_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_fp8
 from roberta_fast.ops.attention import attention
 from roberta_fast.ops.cross_entropy import cross_entropy
+from roberta_fast.ops.embedding import embedding
 from roberta_fast.ops.feed_forward import feed_forward
 from roberta_fast.ops.fp8_linear import fp8_linear, fp8_quantize, quantize_weight_fp8
 from roberta_fast.ops.int8_linear import int8_feed_forward, int8_linear, quantize_weight
@@ -15,6 +16,7 @@ __all__ = [
     "add_layer_norm_fp8",
     "attention",
     "cross_entropy",
+    "embedding",
     "feed_forward",
     "fp8_linear",
     "fp8_quantize",

@@ -24,6 +24,7 @@ def add_layer_norm(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
+    dropout_rows: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """LayerNorm(residual + dropout(x)), statistics in float32.
@@ -32,17 +33,21 @@ def add_layer_norm(
     weight, bias: [C] affine parameters. eps: added to the variance.
     dropout_p: probability of dropping an element of x, in [0, 1); seed: int64 [1] on x's device, needed where it is not 0.
     count: int32 [1] on x's device; rows from it on are never read and hold anything in the result. None: all are real.
+    dropout_rows: int64 [N], the rows' coordinates in dropout, for rows that were taken from among others; None: 0, 1, 2, ...
     Under autocast the result is float32, as from ``torch.nn.functional.layer_norm``.
     Returns [N, C]. Raises ValueError naming the argument that does not fit.
     """
     _check(x, residual, weight, bias, count)
     if dropout_p != 0.0 and seed is None:
         refuse("seed", seed, f"an int64 [1] tensor where dropout_p={dropout_p}")
+    if dropout_rows is not None and (dropout_rows.shape != x.shape[:1] or dropout_rows.dtype != torch.int64):
+        refuse("dropout_rows", f"{dropout_rows.dtype} {tuple(dropout_rows.shape)}", f"int64 [N] with N={x.shape[0]}")
     dropout.threshold(dropout_p)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         residual = residual if residual is None else residual.float()
         x = x.float() if residual is None or x.device.type == "cpu" else x
-    y, _, _ = _forward(x, residual, weight, bias, eps, dropout_p, seed if dropout_p else None, count, backend)
+    seed, dropout_rows = (seed, dropout_rows) if dropout_p else (None, None)
+    y, _, _ = _forward(x, residual, weight, bias, eps, dropout_p, seed, count, backend, dropout_rows)
     return y
 
 
@@ -76,65 +81,65 @@ def _check(x, residual, weight, bias, count):
             refuse(name, f"shape {tuple(parameter.shape)}", f"[C] with C={x.shape[1]}")
 
 
-def add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p=0.0, seed=None, count=None):
+def add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p=0.0, seed=None, count=None, dropout_rows=None):
     """The composition in plain PyTorch; returns (y, mean, rstd), the statistics as [N] in float32 (float64 for float64)."""
-    z = _pre_norm(x, residual, dropout_p, seed)
+    z = _pre_norm(x, residual, dropout_p, seed, dropout_rows)
     y, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], weight.to(z.dtype), bias.to(z.dtype), eps)
     return y.to(x.dtype if residual is None else residual.dtype), mean[:, 0], rstd[:, 0]
 
 
 def add_layer_norm_fp8_ref(x, residual, weight, bias, eps, inverse, count=None):
     """The composition in plain PyTorch."""
-    z = _pre_norm(x, residual, 0.0, None)
+    z = _pre_norm(x, residual, 0.0, None, None)
     y = torch.native_layer_norm(z, z.shape[-1:], weight.to(z.dtype), bias.to(z.dtype), eps)[0]
     return y.to(x.dtype if residual is None else residual.dtype), fp8_quantize_ref(y, inverse)
 
 
-def add_layer_norm_backward_ref(dy, x, residual, weight, mean, rstd, dropout_p=0.0, seed=None, count=None):
+def add_layer_norm_backward_ref(dy, x, residual, weight, mean, rstd, dropout_p=0.0, seed=None, count=None, dropout_rows=None):
     """Gradients (dz, dx, dweight, dbias); dx is empty where nothing was dropped, as dz then serves for both."""
     dy, x = real_rows(dy, count), real_rows(x, count)
     residual = None if residual is None else real_rows(residual, count)
     mean, rstd = (real_rows(t[:, None], count) for t in (mean, rstd))
-    normalized = (_pre_norm(x, residual, dropout_p, seed) - mean) * rstd
+    normalized = (_pre_norm(x, residual, dropout_p, seed, dropout_rows) - mean) * rstd
     dy = dy.to(normalized.dtype)
     g = dy * weight.to(normalized.dtype)
     dz = rstd * (g - g.mean(-1, keepdim=True) - normalized * (g * normalized).mean(-1, keepdim=True))
-    dx = _drop(dz, dropout_p, seed).to(x.dtype) if dropout_p else x.new_empty(0)
+    dx = _drop(dz, dropout_p, seed, dropout_rows).to(x.dtype) if dropout_p else x.new_empty(0)
     dweight, dbias = (dy * normalized).sum(0), dy.sum(0)
     return dz.to(x.dtype if residual is None else residual.dtype), dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-def _pre_norm(x, residual, dropout_p, seed):
+def _pre_norm(x, residual, dropout_p, seed, dropout_rows):
     """residual + dropout(x), one precision up from half types."""
     z = x if x.dtype == torch.float64 else x.float()
-    z = _drop(z, dropout_p, seed)
+    z = _drop(z, dropout_p, seed, dropout_rows)
     return z if residual is None else z + residual.to(z.dtype)
 
 
-def _drop(x, dropout_p, seed):
+def _drop(x, dropout_p, seed, dropout_rows):
     if not dropout_p:
         return x
-    rows = torch.arange(x.shape[0], device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device) if dropout_rows is None else dropout_rows
     return torch.where(dropout.keep_mask(seed, dropout_p, rows, x.shape[1]), x * dropout.scale(dropout_p), 0)
 
 
-def _forward_implementation(x, residual, weight, bias, eps, dropout_p, seed, count, backend):
+def _forward_implementation(x, residual, weight, bias, eps, dropout_p, seed, count, backend, dropout_rows=None):
     run = dispatch.choose("add_layer_norm", facts_of(x, device_rows=count is not None), backend).run
-    return run(x, residual, weight, bias, eps, dropout_p, seed, count)
+    return run(x, residual, weight, bias, eps, dropout_p, seed, count, dropout_rows)
 
 
-def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, count, backend):
+def _forward_fake(x, residual, weight, bias, eps, dropout_p, seed, count, backend, dropout_rows=None):
     like = x if residual is None else residual
     statistics = x.new_empty(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return x.new_empty(x.shape, dtype=like.dtype), statistics, torch.empty_like(statistics)
 
 
-def _backward_implementation(dy, x, residual, weight, mean, rstd, dropout_p, seed, count, backend):
+def _backward_implementation(dy, x, residual, weight, mean, rstd, dropout_p, seed, count, backend, dropout_rows=None):
     run = dispatch.choose("add_layer_norm_backward", facts_of(x, device_rows=count is not None), backend).run
-    return run(dy, x, residual, weight, mean, rstd, dropout_p, seed, count)
+    return run(dy, x, residual, weight, mean, rstd, dropout_p, seed, count, dropout_rows)
 
 
-def _backward_fake(dy, x, residual, weight, mean, rstd, dropout_p, seed, count, backend):
+def _backward_fake(dy, x, residual, weight, mean, rstd, dropout_p, seed, count, backend, dropout_rows=None):
     like = x if residual is None else residual
     dx = x.new_empty(x.shape if dropout_p else (0,))
     return x.new_empty(x.shape, dtype=like.dtype), dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
@@ -152,13 +157,13 @@ def _fp8_fake(x, residual, weight, bias, eps, inverse, count, backend):
 
 _forward = define(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, float dropout_p, "
-    "Tensor? seed, Tensor? count, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? seed, Tensor? count, str backend, Tensor? dropout_rows=None) -> (Tensor, Tensor, Tensor)",
     _forward_implementation,
     _forward_fake,
 )
 _backward = define(
     "add_layer_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor weight, Tensor mean, Tensor rstd, "
-    "float dropout_p, Tensor? seed, Tensor? count, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float dropout_p, Tensor? seed, Tensor? count, str backend, Tensor? dropout_rows=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_implementation,
     _backward_fake,
 )
@@ -172,17 +177,18 @@ _fp8 = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, _, _, ctx.dropout_p, seed, count, ctx.backend = inputs
+    x, residual, weight, _, _, ctx.dropout_p, seed, count, ctx.backend, dropout_rows = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, residual, weight, mean, rstd, seed, count)
+    ctx.save_for_backward(x, residual, weight, mean, rstd, seed, count, dropout_rows)
 
 
 def _autograd_backward(ctx, dy, _dmean, _drstd):
-    x, residual, weight, mean, rstd, seed, count = ctx.saved_tensors
-    dz, dx, dweight, dbias = _backward(dy.contiguous(), x, residual, weight, mean, rstd, ctx.dropout_p, seed, count, ctx.backend)
+    x, residual, weight, mean, rstd, seed, count, dropout_rows = ctx.saved_tensors
+    statistics, drops = (mean, rstd), (ctx.dropout_p, seed, count, ctx.backend, dropout_rows)
+    dz, dx, dweight, dbias = _backward(dy.contiguous(), x, residual, weight, *statistics, *drops)
     dx = dx if ctx.dropout_p else dz.to(x.dtype)
-    return dx, None if residual is None else dz, dweight, dbias, None, None, None, None, None
+    return dx, None if residual is None else dz, dweight, dbias, *[None] * 6
 
 
 register_autograd("add_layer_norm", _autograd_backward, _setup_context)

@@ -270,7 +270,8 @@ def test_no_graph_in_inference(models, inputs):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             logits = model(**inputs).logits
-        assert not logits.requires_grad and torch.equal(logits, expected)
+        # Four rows, as the last layer has them, are multiplied in another order where no gradient is wanted.
+        assert not logits.requires_grad and torch.allclose(logits, expected, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         exact = models.exact.eval()(**inputs).logits
         assert_close_as_torch(expected, models.stock.eval()(**inputs).logits, exact)
