@@ -4,8 +4,8 @@
 process where a launch compiles for the given compute capability instead of running. So what is checked is what the launchers
 ask for: their tiles, flags and alignment; and a launcher that reads a value on the host fails. Prints one line per kernel:
 registers and spilled bytes a thread, shared memory a block. Exits with 1 where one is over its budget: spills above the
-case's allowance, shared memory above the chip's limit, a persistent kernel whose programs do not all fit at once, a matrix product without the generation's own tensor core instructions, or
-on Hopper with ones that wait for each other.
+case's allowance, shared memory above the chip's limit, a persistent kernel whose programs do not all fit at once, a matrix
+product without the generation's own tensor core instructions, or on Hopper with ones that wait for each other.
 
 It must run in a process of its own: where ``TRITON_INTERPRET`` is set, kernels cannot be compiled.
 """
@@ -148,7 +148,7 @@ CASES: dict[str, Case] = {
     "linear/float16": Case(lambda: both_linear(FP16)),
     "linear/bfloat16, odd": Case(lambda: both_linear(BF16, 1023, 777), default=True),
     "linear/bfloat16, wide": Case(lambda: both_linear(BF16, 1024, 4096)),
-    "linear/bfloat16, 1,024 rows": Case(lambda: both_linear(BF16, rows=1024)),
+    "linear/bfloat16, 1,536 rows": Case(lambda: both_linear(BF16, rows=1536)),
     "linear/bfloat16, 128 rows": Case(lambda: both_linear(BF16, rows=128)),
     "linear/float32": Case(lambda: both_linear(FP32), tensor_cores=False),
     "linear/float32, odd": Case(lambda: both_linear(FP32, 1023, 777), tensor_cores=False),
@@ -157,7 +157,7 @@ CASES: dict[str, Case] = {
     "linear_gelu/bfloat16, inference": Case(lambda: both_linear_gelu(BF16, save=False)),
     "linear_gelu/bfloat16, odd": Case(lambda: both_linear_gelu(BF16, inner=1023), default=True),
     "linear_gelu/bfloat16, tanh": Case(lambda: both_linear_gelu(BF16, "tanh")),
-    "linear_gelu/bfloat16, 256 rows": Case(lambda: both_linear_gelu(BF16, rows=256)),
+    "linear_gelu/bfloat16, 384 rows": Case(lambda: both_linear_gelu(BF16, rows=384)),
     "linear_gelu/bfloat16, 64 rows": Case(lambda: both_linear_gelu(BF16, rows=64)),
     "linear_gelu/float16": Case(lambda: both_linear_gelu(FP16)),
     "linear_gelu/float16, inference": Case(lambda: both_linear_gelu(FP16, save=False)),
@@ -167,7 +167,7 @@ CASES: dict[str, Case] = {
     "feed_forward/bfloat16, recomputed": Case(lambda: feed_forward_backward(BF16, recompute=True), default=True),
     "feed_forward/bfloat16, tanh": Case(lambda: feed_forward_backward(BF16, "tanh")),
     "feed_forward/bfloat16, odd": Case(lambda: feed_forward_backward(BF16, recompute=True, hidden=777), default=True),
-    "feed_forward/bfloat16, 256 rows": Case(lambda: feed_forward_backward(BF16, recompute=True, rows=256)),
+    "feed_forward/bfloat16, 384 rows": Case(lambda: feed_forward_backward(BF16, recompute=True, rows=384)),
     "feed_forward/bfloat16, 64 rows": Case(lambda: feed_forward_backward(BF16, recompute=True, rows=64)),
     "feed_forward/float16": Case(lambda: feed_forward_backward(FP16)),
     "feed_forward/float16, tanh": Case(lambda: feed_forward_backward(FP16, "tanh")),
