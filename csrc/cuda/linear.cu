@@ -200,7 +200,9 @@ at::Tensor linear_fwd(const at::Tensor& given_x, const at::Tensor& given_weight,
     return bias.has_value() ? y.add_(*bias) : y;
   }
   const at::Tensor x = with_whole_rows(given_x), weight = with_whole_rows(given_weight);
-  const at::Tensor vector = bias.has_value() ? bias->contiguous() : at::Tensor();
+  at::Tensor vector = bias.has_value() ? bias->contiguous() : at::Tensor();
+  // Of the bias no alignment can be told: it has the one that vector loads want.
+  if (vector.defined() && alignment(vector.const_data_ptr()) < 16) vector = vector.clone();
   // Without a residual nothing of C is read.
   const at::Tensor residual = given_residual.has_value() ? with_whole_rows(*given_residual) : y;
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import test_feed_forward as feed_forward_tests
 import torch
+import torch.nn.functional as F
 from test_linear import Case, check, composed, in_double, run
 
 from roberta_fast import ops
@@ -49,7 +50,7 @@ def counted(monkeypatch):
 
 @pytest.fixture
 def device(triton_device, monkeypatch):
-    """Where persistent products run: a GPU that has them, or the interpreter, told that it has three multiprocessors of Hopper."""
+    """Where persistent products run: a GPU that has them, or the interpreter, told to be three multiprocessors of Hopper."""
     if triton_device == "cpu":
         monkeypatch.setattr(tuning, "chip_of", lambda tensor: tuning.Chip(90, 3))
     elif tuning.gemm_tile(tuning.chip_of(torch.empty(1, device="cuda")), None, 1) is None:
@@ -126,7 +127,7 @@ def test_rows_of_a_wider_tensor(device):
     (x, weight, bias, residual), _ = case.inputs(device)
 
     def sliced(t):
-        return torch.nn.functional.pad(t, (8, 16), value=torch.nan)[:, 8:-16]
+        return F.pad(t, (8, 16), value=torch.nan)[:, 8:-16]
 
     assert persistent.choose(sliced(x), sliced(weight).mT) is not None
     y = linear.linear_fwd(sliced(x), sliced(weight), bias, sliced(residual), None)
@@ -202,8 +203,7 @@ def test_one_graph_serves_every_count(device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = both()
-    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    stock = torch.nn.functional.linear(x, weight, bias)
+    exact, stock = F.linear(x.double(), weight.double(), bias.double()), F.linear(x, weight, bias)
     for rows in (4000, 1, 0, 129, 3999):
         count.fill_(rows)
         for y in captured:
@@ -211,7 +211,7 @@ def test_one_graph_serves_every_count(device):
         graph.replay()
         results = (
             (stock + residual, exact + residual.double()),
-            (torch.nn.functional.gelu(stock), torch.nn.functional.gelu(exact)),
+            (F.gelu(stock), F.gelu(exact)),
         )
         for y, (torch_result, wanted) in zip(captured, results, strict=True):
             assert_close_as_torch(y[:rows], torch_result[:rows], wanted[:rows])
