@@ -220,8 +220,20 @@ at::Tensor linear_fwd(const at::Tensor& given_x, const at::Tensor& given_weight,
   const std::array<uint32_t, 4> alignments{alignment(weight.const_data_ptr()), alignment(x.const_data_ptr()),
                                            alignment(residual.const_data_ptr()), alignment(y.const_data_ptr())};
   const int device = given_x.get_device();
-  const Key key{device, data, tf32, n, m, k, row_stride(x), row_stride(weight), row_stride(residual),
-                bias.has_value() + 2 * given_residual.has_value(), alignments[0], alignments[1], alignments[2], alignments[3]};
+  const Key key{device,
+                data,
+                tf32,
+                n,
+                m,
+                k,
+                row_stride(x),
+                row_stride(weight),
+                row_stride(residual),
+                bias.has_value() + 2 * given_residual.has_value(),
+                alignments[0],
+                alignments[1],
+                alignments[2],
+                alignments[3]};
   const Product product{handle_of(device),
                         std::move(description),
                         layout(data, k, m, row_stride(weight)),

@@ -146,8 +146,7 @@ void launch(const at::Tensor& mask, Sizes sizes, Outputs out) {
   Bits significant = static_cast<Bits>(~Bits{0});
   // Minus zero is zero: of a float all bits but the sign count, of a complex number of two floats those of both.
   if (at::isFloatingType(mask.scalar_type())) significant = static_cast<Bits>(significant >> 1);
-  if (at::isComplexType(mask.scalar_type()))
-    significant = static_cast<Bits>(sizeof(Bits) == 8 ? 0x7FFFFFFF7FFFFFFF : 0x7FFF7FFF);
+  if (at::isComplexType(mask.scalar_type())) significant = static_cast<Bits>(sizeof(Bits) == 8 ? 0x7FFFFFFF7FFFFFFF : 0x7FFF7FFF);
   Mask<Bits> bits{static_cast<const Bits*>(mask.const_data_ptr()), mask.stride(0), mask.stride(1), significant};
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(sizes.batch, blocks_that_fit<Bits>()));
   void* arguments[] = {&bits, &sizes, &out};
@@ -175,21 +174,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack_indi
     indices.zero_();
     return {indices, cu_seqlens, count, query_only, order};
   }
-  const Outputs out{indices.mutable_data_ptr<int64_t>(),    cu_seqlens.mutable_data_ptr<int32_t>(),
-                    count.mutable_data_ptr<int32_t>(),      query_only.mutable_data_ptr<int32_t>(),
-                    order.mutable_data_ptr<int32_t>(),      lengths.mutable_data_ptr<int32_t>()};
+  const Outputs out{indices.mutable_data_ptr<int64_t>(), cu_seqlens.mutable_data_ptr<int32_t>(),
+                    count.mutable_data_ptr<int32_t>(),   query_only.mutable_data_ptr<int32_t>(),
+                    order.mutable_data_ptr<int32_t>(),   lengths.mutable_data_ptr<int32_t>()};
   switch (mask.element_size()) {
-    case 1:
-      launch<uint8_t>(mask, sizes, out);
-      break;
-    case 2:
-      launch<uint16_t>(mask, sizes, out);
-      break;
-    case 4:
-      launch<uint32_t>(mask, sizes, out);
-      break;
-    default:
-      launch<uint64_t>(mask, sizes, out);
+    case 1: launch<uint8_t>(mask, sizes, out); break;
+    case 2: launch<uint16_t>(mask, sizes, out); break;
+    case 4: launch<uint32_t>(mask, sizes, out); break;
+    default: launch<uint64_t>(mask, sizes, out);
   }
   // Without a capacity the host waits for the number of rows, and leaves what is behind them in the same memory.
   const at::Tensor exact = capacity.has_value() ? indices : indices.narrow(0, 0, count.item<int32_t>());
