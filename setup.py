@@ -74,7 +74,15 @@ def missing_for_cuda(torch, cuda_home: str | None) -> str | None:
         return f"a CUDA build of torch ({torch.__version__} is not one)"
     if cuda_home is None or not Path(cuda_home, "bin", "nvcc").is_file():
         return "nvcc (set CUDA_HOME)"
+    if not any(Path(folder, "cublasLt.h").is_file() for folder in cuda_includes(torch, cuda_home)):
+        return "cublasLt.h (the package nvidia-cublas)"
     return None
+
+
+def cuda_includes(torch, cuda_home: str) -> list[str]:
+    """Folders of CUDA's headers: the toolkit's own, and those of NVIDIA's packages beside torch."""
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    return [str(Path(cuda_home, "include")), *map(str, sorted(packages.glob("*/include")))]
 
 
 def extension_arguments(mode: str) -> dict:
@@ -118,6 +126,7 @@ def extensions(torch, cpp_extension, cuda_sources: list[str]) -> list[Extension]
     # As system headers, torch's own are spared our warnings.
     system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     flags = {"cxx": CXX_FLAGS + system, "nvcc": NVCC_FLAGS}
+    cuda = cuda_includes(torch, cpp_extension.CUDA_HOME) if cuda_sources else []
     operators = cpp_extension.CUDAExtension if cuda_sources else cpp_extension.CppExtension
     return [
         Extension(
@@ -132,7 +141,7 @@ def extensions(torch, cpp_extension, cuda_sources: list[str]) -> list[Extension]
         operators(
             "roberta_fast._C_ops",
             sorted(glob("csrc/cpu/*.cpp")) + cuda_sources,
-            include_dirs=[str(Path("csrc").resolve())],
+            include_dirs=[str(Path("csrc").resolve()), *cuda],
             depends=headers,
             extra_compile_args=flags,
             extra_link_args=OPENMP,

@@ -2,16 +2,18 @@
 
 One GEMM body, ``matmul_tile``, accumulates in float32 and reads nothing outside the given row, column and reduction bounds; so
 rows behind ``count`` are never read. It serves the forward pass, dx = dy W (the same kernel with the weight's strides swapped)
-and dW = dyᵀ x, a reduction over the rows. dW of a hidden-by-hidden weight has fewer tiles than the chip has multiprocessors:
-there the rows are split among programs too, and ``column_sum.sum_partials`` adds their partial sums in a fixed order.
+and dW = dyᵀ x, a reduction over the rows; where ``persistent.py`` has a faster one, that serves the first two. dW of a
+hidden-by-hidden weight has fewer tiles than the chip has multiprocessors: there the rows are split among programs too, and
+``column_sum.sum_partials`` adds their partial sums in a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from roberta_fast.kernels import tuning
+from roberta_fast.kernels import persistent, tuning
 from roberta_fast.kernels.column_sum import column_sum, sum_partials
+from roberta_fast.kernels.persistent import halves_of, product_of_tile
 
 
 @triton.jit
@@ -69,6 +71,34 @@ def linear_fwd_kernel(
         x_ptr, weight_ptr, rows, columns, 0, K, real, M, stride_x_n, stride_x_k, stride_weight_k, stride_weight_m,
         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
+    _finish(y, bias_ptr, residual_ptr, y_ptr, rows, columns, real, M, stride_residual_n, stride_residual_m)
+
+
+@triton.jit
+def linear_fwd_persistent_kernel(
+    x_desc, weight_desc, bias_ptr, residual_ptr, y_ptr, count_ptr, N, M, K, stride_residual_n, stride_residual_m,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, B_HAS_ROWS: tl.constexpr,
+):  # fmt: skip
+    """``linear_fwd_kernel`` by ``persistent.product_of_tile``: all tiles of y [N, M], several a program."""
+    real = N if count_ptr is None else tl.minimum(tl.load(count_ptr), N)
+    tiles_m, tiles_n = tl.cdiv(real, BLOCK_M), tl.cdiv(M, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_of_program(tile, tiles_m, tiles_n, GROUP_M)
+        y = product_of_tile(
+            x_desc, weight_desc, tile_m * BLOCK_M, tile_n * BLOCK_N, K, BLOCK_M, BLOCK_N, BLOCK_K, B_HAS_ROWS
+        )  # fmt: skip
+        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        halves = halves_of(y)
+        for half in tl.static_range(2):
+            columns = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            _finish(
+                halves[half], bias_ptr, residual_ptr, y_ptr, rows, columns, real, M, stride_residual_n, stride_residual_m
+            )  # fmt: skip
+
+
+@triton.jit
+def _finish(y, bias_ptr, residual_ptr, y_ptr, rows, columns, real, M, stride_residual_n, stride_residual_m):
+    """Stores y + bias + residual at rows before ``real`` and columns before M, rounded once."""
     inside = (rows < real)[:, None] & (columns < M)[None, :]
     far_rows = rows.to(tl.int64)[:, None]
     if bias_ptr is not None:
@@ -115,9 +145,10 @@ def linear_fwd(
 ) -> torch.Tensor:
     """x [N, K] @ weight [M, K]ᵀ + bias [M] + residual [N, M] in x's dtype; rows from ``count`` on are left as they are.
 
-    Each element is one program's sum in ascending k, so the result is ``deterministic`` whether asked to be or not.
+    Each element is one program's sum in ascending k, in steps that are ``deterministic`` where that is asked for: fixed by the
+    operands' type and alignment, not by how many rows there are.
     """
-    return _rows_times(x, weight.mT, bias, residual, count)
+    return _rows_times(x, weight.mT, bias, residual, count, deterministic)
 
 
 def linear_bwd(
@@ -148,7 +179,7 @@ def product_gradients(
 def weight_gradient(dy: torch.Tensor, x: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:
     """dy [N, M]ᵀ @ x [N, K] over the rows before ``count``, [M, K] in x's dtype."""
     (n, m), k = dy.shape, x.shape[1]
-    tile = tile_for(dy, x)
+    tile = tuning.pointer_gemm(dy, x)
     tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(k, tile["BLOCK_N"])
     # Two programs fit a multiprocessor; a share of fewer than four steps is not worth its partial sum.
     shares = min(2 * tuning.chip_of(x).multiprocessors // max(tiles, 1), n // (4 * tile["BLOCK_K"]))
@@ -158,33 +189,25 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, count: torch.Tensor | Non
     return sum_partials(out, x.dtype) if shares > 1 else out
 
 
-def tile_for(*operands: torch.Tensor) -> dict[str, int | str]:
-    """The tile of a GEMM, by its operands' type and alignment alone: a row's result does not depend on the rows beside it.
-
-    Eight warps and three stages throughout.
-
-    | operands | BLOCK_M × BLOCK_N × BLOCK_K | why |
-    | 16-bit | 128 × 128 × 64 | 96 KiB of shared memory: all chips, two programs on an H100's multiprocessor |
-    | 16-bit, rows not in steps of 16 bytes | 64 × 64 × 32 | loaded one by one: more addresses would spill |
-    | float32 | 64 × 64 × 16 | without TF32 no tensor cores: registers are the limit |
-    """
-    half = operands[0].element_size() == 2
-    aligned = all(max(t.stride()) % 8 == 0 for t in operands)
-    block, block_k = (128, 64) if half and aligned else (64, 32 if half else 16)
-    precision = "tf32" if not half and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    sizes = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": block_k, "GROUP_M": 8}
-    return sizes | {"PRECISION": precision, "num_warps": 8, "num_stages": 3}
-
-
 def _rows_times(
-    x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, count: torch.Tensor | None
+    x: torch.Tensor,
+    matrix: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    count: torch.Tensor | None,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """x [N, K] @ matrix [K, M] + bias + residual over the real rows."""
     (n, k), m = x.shape, matrix.shape[1]
     y = x.new_empty(n, m)
-    tile = tile_for(x, matrix)
+    residual_strides = (0, 0) if residual is None else residual.stride()
+    choice = persistent.choose(x, matrix, deterministic)
+    if choice:
+        grid, descriptors, sizes = choice
+        linear_fwd_persistent_kernel[grid](*descriptors, bias, residual, y, count, n, m, k, *residual_strides, **sizes)
+        return y
+    tile = tuning.pointer_gemm(x, matrix)
     linear_fwd_kernel[(triton.cdiv(n, tile["BLOCK_M"]) * triton.cdiv(m, tile["BLOCK_N"]),)](
-        x, matrix, bias, residual, y, count,
-        n, m, k, *x.stride(), *matrix.stride(), *((0, 0) if residual is None else residual.stride()), **tile,
-    )  # fmt: skip
+        x, matrix, bias, residual, y, count, n, m, k, *x.stride(), *matrix.stride(), *residual_strides, **tile
+    )
     return y

@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from roberta_fast.kernels import persistent, tuning
 from roberta_fast.kernels.column_sum import COLUMNS_PER_PROGRAM, ROWS_PER_STEP, row_programs, sum_partials
 from roberta_fast.kernels.gelu import gelu, gelu_derivative
-from roberta_fast.kernels.linear import matmul_tile, product_gradients, tile_for, tile_of_program
+from roberta_fast.kernels.linear import matmul_tile, product_gradients, tile_of_program
+from roberta_fast.kernels.persistent import halves_of, product_of_tile
 
 
 @triton.jit
@@ -34,10 +36,35 @@ def linear_gelu_fwd_kernel(
         x_ptr, weight_ptr, rows, columns, 0, K, real, M, stride_x_n, stride_x_k, stride_weight_k, stride_weight_m,
         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
-    inside = (rows < real)[:, None] & (columns < M)[None, :]
+    _finish(u, bias_ptr, y_ptr, u_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, real, M, TANH)
+
+
+@triton.jit
+def linear_gelu_fwd_persistent_kernel(
+    x_desc, weight_desc, bias_ptr, y_ptr, u_ptr, count_ptr, N, M, K, TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, B_HAS_ROWS: tl.constexpr,
+):  # fmt: skip
+    """``linear_gelu_fwd_kernel`` by ``persistent.product_of_tile``: all tiles of y and u [N, M], several a program."""
+    real = N if count_ptr is None else tl.minimum(tl.load(count_ptr), N)
+    tiles_m, tiles_n = tl.cdiv(real, BLOCK_M), tl.cdiv(M, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_of_program(tile, tiles_m, tiles_n, GROUP_M)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        u = product_of_tile(x_desc, weight_desc, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K, B_HAS_ROWS)
+        halves = halves_of(u)
+        for half in tl.static_range(2):
+            _finish(halves[half], bias_ptr, y_ptr, u_ptr, row, column + half * (BLOCK_N // 2), real, M, TANH)
+
+
+@triton.jit
+def _finish(u, bias_ptr, y_ptr, u_ptr, row, column, real, M, TANH: tl.constexpr):
+    """Stores GELU(u + bias), and u + bias unless u_ptr is None, of the tile u that begins at ``row`` and ``column``."""
+    block_rows, block_columns = tl.arange(0, u.shape[0]), tl.arange(0, u.shape[1])
+    columns = column + block_columns
+    inside = (row + block_rows < real)[:, None] & (columns < M)[None, :]
     # Beyond the tile's first element int32 does, and saves the registers by which two programs fit a multiprocessor.
-    offsets = tl.arange(0, BLOCK_M)[:, None] * M + tl.arange(0, BLOCK_N)[None, :]
-    begin = tile_m.to(tl.int64) * BLOCK_M * M + tile_n * BLOCK_N
+    offsets = block_rows[:, None] * M + block_columns[None, :]
+    begin = row.to(tl.int64) * M + column
     if bias_ptr is not None:
         u += tl.load(bias_ptr + columns, mask=columns < M, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + begin + offsets, gelu(u, y_ptr.dtype.element_ty, TANH), mask=inside)
@@ -83,13 +110,21 @@ def linear_gelu_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(GELU(u), u) in x's dtype with u = x [N, K] @ weight [M, K]ᵀ + bias [M]; u is empty unless it is to be saved.
 
-    A row does not depend on the rows beside it, whether that is asked for or not.
+    deterministic: as in ``linear_fwd``.
     """
     (n, k), m = x.shape, weight.shape[0]
     y, u = x.new_empty(n, m), x.new_empty((n, m) if save_preactivation else (0,))
-    tile = tile_for(x, weight)
+    preactivation = u if save_preactivation else None
+    choice = persistent.choose(x, weight.mT, deterministic)
+    if choice:
+        grid, descriptors, sizes = choice
+        linear_gelu_fwd_persistent_kernel[grid](
+            *descriptors, bias, y, preactivation, count, n, m, k, TANH=approximate == "tanh", **sizes
+        )
+        return y, u
+    tile = tuning.pointer_gemm(x, weight)
     linear_gelu_fwd_kernel[(triton.cdiv(n, tile["BLOCK_M"]) * triton.cdiv(m, tile["BLOCK_N"]),)](
-        x, weight, bias, y, u if save_preactivation else None, count,
+        x, weight, bias, y, preactivation, count,
         n, m, k, *x.stride(), *weight.stride(), TANH=approximate == "tanh", **tile,
     )  # fmt: skip
     return y, u

@@ -1,8 +1,8 @@
-"""The chip that a launcher chooses its tiles for, and attention's tiles.
+"""The chip that a launcher chooses its tiles for, and the tiles of attention and of matrix products.
 
-Tiles are fixed by tables: nothing is searched for at run time, and every launch compiles without a GPU. Attention's were chosen
-by what the compiler reports, as ``tests/ahead_of_time.py`` prints it: no spilled registers, the tensor cores' fast path, and as
-many warps a multiprocessor as registers and shared memory then allow. They still have to be measured.
+Tiles are fixed by tables: nothing is searched for at run time, and every launch compiles without a GPU. All were chosen by what
+the compiler reports, as ``tests/ahead_of_time.py`` prints it: no spilled registers, the tensor cores' fast path, and as many
+warps a multiprocessor as registers and shared memory then allow. They still have to be measured: ``benchmarks/gpu.py``.
 """
 
 import functools
@@ -95,3 +95,58 @@ def attention_tile(kernel: str, query: torch.Tensor, lengths: tuple[int, int] | 
         min(block, max(32, triton.next_power_of_2(length))) for block, length in zip(tile[:2], lengths, strict=True)
     )
     return tile._replace(block_m=block_m, block_n=block_n, warps=max(1, tile.warps * block_m // tile.block_m))
+
+
+GROUP_M = 8  # rows of tiles that are done together, so that neighbours share operands in the L2 cache
+
+
+class GemmTile(NamedTuple):
+    """Rows and columns of a product's tile, depth of a step, warps, loads in flight, and programs that share a multiprocessor."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# Generation to the tiles of ``persistent.py``, large ones first. The larger a tile, the less its operands are read: 85
+# operations a byte from the L2 cache at 128 × 256, 64 at 128 × 128, 32 at 64 × 64; more loads in flight than three hide the
+# epilogue of the last tile. What has no entry multiplies by pointers: 80 has no bulk copies, and of what goes with 120 some
+# chips (8.6, 8.9) have none either, and 12.x spilled with them in 128 × 128.
+_HOPPER = (GemmTile(128, 256, 64, 8, 4, 1), GemmTile(128, 128, 64, 8, 4, 1), GemmTile(64, 64, 64, 4, 4, 2))
+_GEMM_TILES = {90: _HOPPER, 100: _HOPPER}
+
+
+def gemm_tile(chip: Chip, rows: int | None, columns: int) -> GemmTile | None:
+    """The tile of a persistent product [rows, columns]: the largest with work for half of the chip, or None without tiles.
+
+    rows: as many as there may be; None: the tile, and with it the order of every sum, is the same for any number of them.
+    """
+    tiles = _GEMM_TILES.get(chip.generation)
+    if tiles is None or rows is None:
+        return tiles and tiles[0]
+    for tile in tiles:
+        if 2 * triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n) >= chip.multiprocessors:
+            return tile
+    return tiles[-1]
+
+
+def pointer_gemm(*operands: torch.Tensor) -> dict[str, int | str]:
+    """The tile of a product whose operands are loaded by pointers, one a program, by their type and alignment alone: a row's
+    result does not depend on the rows beside it.
+
+    Eight warps and three stages throughout.
+
+    | operands | BLOCK_M × BLOCK_N × BLOCK_K | why |
+    | 16-bit | 128 × 128 × 64 | 96 KiB of shared memory: all chips, two programs on an H100's multiprocessor |
+    | 16-bit, rows not in steps of 16 bytes | 64 × 64 × 32 | loaded one by one: more addresses would spill |
+    | float32 | 64 × 64 × 16 | without TF32 no tensor cores: registers are the limit |
+    """
+    half = operands[0].element_size() == 2
+    aligned = all(max(t.stride()) % 8 == 0 for t in operands)
+    block, block_k = (128, 64) if half and aligned else (64, 32 if half else 16)
+    precision = "tf32" if not half and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    sizes = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": block_k, "GROUP_M": GROUP_M}
+    return sizes | {"PRECISION": precision, "num_warps": 8, "num_stages": 3}

@@ -43,6 +43,7 @@ class Candidate:
     device: str  # a torch device type, or "any"
     path: str  # "module:attribute.path"
     objection: Callable[[Facts], str | None]
+    optional: bool = False  # where it cannot serve, the next one is no loss to speak of
 
     def reason_against(self, facts: Facts) -> str | None:
         """Why this implementation cannot serve ``facts``; None if it can."""
@@ -67,14 +68,21 @@ _warned: set[tuple[tuple[str, str], ...]] = set()
 
 
 def register(
-    op: str, backend: str, path: str, *, device: str = "any", objection: Callable[[Facts], str | None] = lambda _: None
+    op: str,
+    backend: str,
+    path: str,
+    *,
+    device: str = "any",
+    objection: Callable[[Facts], str | None] = lambda _: None,
+    optional: bool = False,
 ) -> None:
     """Adds an implementation of ``op``; those registered earlier are preferred.
 
     path: ``"module:attribute.path"``, imported when it is first chosen.
     objection: maps ``Facts`` to the reason why it cannot serve them, or None.
+    optional: without being asked for by name it is passed over in silence.
     """
-    _candidates.setdefault(op, []).append(Candidate(backend, device, path, objection))
+    _candidates.setdefault(op, []).append(Candidate(backend, device, path, objection, optional))
 
 
 def operations() -> tuple[str, ...]:
@@ -111,7 +119,8 @@ def _choose(op: str, facts: Facts, requested: str) -> Choice:
                 _warned.add(tuple(skipped))
                 warnings.warn(f"roberta_fast: {describe(op, facts, choice)}", RuntimeWarning, stacklevel=3)
             return choice
-        skipped.append((candidate.backend, reason))
+        if not candidate.optional or requested == candidate.backend:
+            skipped.append((candidate.backend, reason))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or f"it does not run on {facts.device} tensors"
     raise ValueError(f"backend={requested!r} cannot run {op} on {facts.device} {facts.dtype}: {reasons}")
 
@@ -126,6 +135,7 @@ def forget_choices() -> None:
     """Drops remembered choices, for tests and after an extension was built in the running process."""
     _choose.cache_clear()
     load_cpp.cache_clear()
+    load_cpp_for_cuda.cache_clear()
 
 
 @functools.cache
@@ -140,6 +150,15 @@ def load_cpp() -> str | None:
     return None
 
 
+@functools.cache
+def load_cpp_for_cuda() -> str | None:
+    """``load_cpp``, and whether the extension was built with kernels for CUDA."""
+    missing = load_cpp()
+    if missing is None and importlib.import_module("roberta_fast._C").build_info()["cuda"] is None:
+        return "the C++ extension is built without CUDA (reinstall where nvcc and a CUDA build of torch are)"
+    return missing
+
+
 def triton_interpreted() -> bool:
     """True where Triton runs kernels in its interpreter, on the CPU (``TRITON_INTERPRET=1``)."""
     import triton
@@ -149,7 +168,7 @@ def triton_interpreted() -> bool:
 
 def _backend_missing(backend: str, device: str) -> str | None:
     if backend == "cpp":
-        return load_cpp()
+        return load_cpp_for_cuda() if device == "cuda" else load_cpp()
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"

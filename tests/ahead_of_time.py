@@ -4,8 +4,8 @@
 process where a launch compiles for the given compute capability instead of running. So what is checked is what the launchers
 ask for: their tiles, flags and alignment; and a launcher that reads a value on the host fails. Prints one line per kernel:
 registers and spilled bytes a thread, shared memory a block. Exits with 1 where one is over its budget: spills above the
-case's allowance, shared memory above the chip's limit, a matrix product without the generation's own tensor core instructions, or
-on Hopper with ones that wait for each other.
+case's allowance, shared memory above the chip's limit, a persistent kernel whose programs do not all fit at once, a matrix
+product without the generation's own tensor core instructions, or on Hopper with ones that wait for each other.
 
 It must run in a process of its own: where ``TRITON_INTERPRET`` is set, kernels cannot be compiled.
 """
@@ -41,7 +41,13 @@ from roberta_fast.kernels import (
     tuning,
 )
 
-SHARED_LIMIT_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT_KIB = {
+    80: 163,
+    90: 227,
+    100: 227,
+    120: 99,
+}  # a block's; a multiprocessor has one more, and so much goes with a block
+REGISTERS = 65536  # of a multiprocessor
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 
 
@@ -70,31 +76,36 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 COUNT, SEED = meta(1, dtype=torch.int32), meta(1, dtype=torch.int64)
 
 
-def both_linear(dtype: torch.dtype, inner: int = 768, outer: int = 768, precision: str = "ieee") -> None:
+def both_linear(
+    dtype: torch.dtype, inner: int = 768, outer: int = 768, precision: str = "ieee", rows: int = 8192
+) -> None:  # fmt: skip
     """Forward with all that it can add, and backward, with float32 products in ``precision``."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
-    x, weight, bias, dy = (meta(*shape, dtype=dtype) for shape in ((8192, inner), (outer, inner), (outer,), (8192, outer)))
+    x, weight, bias, dy = (meta(*shape, dtype=dtype) for shape in ((rows, inner), (outer, inner), (outer,), (rows, outer)))
     linear.linear_fwd(x, weight, bias, dy, COUNT)
     linear.linear_bwd(dy, x, weight, True, COUNT)
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-def both_linear_gelu(dtype: torch.dtype, approximate: str = "none", save: bool = True, inner: int = 768) -> None:
+def both_linear_gelu(
+    dtype: torch.dtype, approximate: str = "none", save: bool = True, inner: int = 768, rows: int = 8192
+) -> None:  # fmt: skip
     """Forward, and of the backward pass the element-wise half: its GEMMs are ``linear``'s."""
-    x, weight, bias, dy = (meta(*shape, dtype=dtype) for shape in ((8192, inner), (3072, inner), (3072,), (8192, 3072)))
+    x, weight, bias, dy = (meta(*shape, dtype=dtype) for shape in ((rows, inner), (3072, inner), (3072,), (rows, 3072)))
     linear_gelu.linear_gelu_fwd(x, weight, bias, approximate, save, COUNT)
     linear_gelu.linear_gelu_bwd(dy, dy, x, weight, True, approximate, None)
 
 
 def feed_forward_backward(
-    dtype: torch.dtype, approximate: str = "none", recompute: bool = False, hidden: int = 768, precision: str = "ieee"
-) -> None:
+    dtype: torch.dtype, approximate: str = "none", recompute: bool = False, hidden: int = 768, precision: str = "ieee",
+    rows: int = 8192,
+) -> None:  # fmt: skip
     """All gradients, the products of which the host knows the number of rows; the others are ``linear``'s."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     inner = 4 * hidden
-    x, u, weight1, weight2 = (meta(*s, dtype=dtype) for s in ((8192, hidden), (8192, inner), (inner, hidden), (hidden, inner)))
+    x, u, weight1, weight2 = (meta(*s, dtype=dtype) for s in ((rows, hidden), (rows, inner), (inner, hidden), (hidden, inner)))
     activated = None if recompute else u
     feed_forward.feed_forward_bwd(x, u, activated, x, weight1, weight2, [True] * 5, approximate, COUNT)
     torch.backends.cuda.matmul.fp32_precision = before
@@ -171,15 +182,19 @@ ATTENTION_SPILL = 128
 CASES: dict[str, Case] = {
     "linear/bfloat16": Case(lambda: both_linear(BF16), default=True),
     "linear/float16": Case(lambda: both_linear(FP16)),
-    "linear/bfloat16, odd": Case(lambda: both_linear(BF16, 1023, 777)),
+    "linear/bfloat16, odd": Case(lambda: both_linear(BF16, 1023, 777), default=True),
     "linear/bfloat16, wide": Case(lambda: both_linear(BF16, 1024, 4096)),
+    "linear/bfloat16, 1,792 rows": Case(lambda: both_linear(BF16, rows=1792)),
+    "linear/bfloat16, 128 rows": Case(lambda: both_linear(BF16, rows=128)),
     "linear/float32": Case(lambda: both_linear(FP32), tensor_cores=False),
     "linear/float32, odd": Case(lambda: both_linear(FP32, 1023, 777), tensor_cores=False),
     "linear/tf32": Case(lambda: both_linear(FP32, precision="tf32"), tensor_cores=False),
     "linear_gelu/bfloat16": Case(lambda: both_linear_gelu(BF16), default=True),
     "linear_gelu/bfloat16, inference": Case(lambda: both_linear_gelu(BF16, save=False)),
-    "linear_gelu/bfloat16, odd": Case(lambda: both_linear_gelu(BF16, inner=1023)),
+    "linear_gelu/bfloat16, odd": Case(lambda: both_linear_gelu(BF16, inner=1023), default=True),
     "linear_gelu/bfloat16, tanh": Case(lambda: both_linear_gelu(BF16, "tanh")),
+    "linear_gelu/bfloat16, 512 rows": Case(lambda: both_linear_gelu(BF16, rows=512)),
+    "linear_gelu/bfloat16, 64 rows": Case(lambda: both_linear_gelu(BF16, rows=64)),
     "linear_gelu/float16": Case(lambda: both_linear_gelu(FP16)),
     "linear_gelu/float16, inference": Case(lambda: both_linear_gelu(FP16, save=False)),
     "linear_gelu/float32": Case(lambda: both_linear_gelu(FP32), tensor_cores=False),
@@ -187,7 +202,9 @@ CASES: dict[str, Case] = {
     "feed_forward/bfloat16": Case(lambda: feed_forward_backward(BF16), default=True),
     "feed_forward/bfloat16, recomputed": Case(lambda: feed_forward_backward(BF16, recompute=True), default=True),
     "feed_forward/bfloat16, tanh": Case(lambda: feed_forward_backward(BF16, "tanh")),
-    "feed_forward/bfloat16, odd": Case(lambda: feed_forward_backward(BF16, recompute=True, hidden=777)),
+    "feed_forward/bfloat16, odd": Case(lambda: feed_forward_backward(BF16, recompute=True, hidden=777), default=True),
+    "feed_forward/bfloat16, 512 rows": Case(lambda: feed_forward_backward(BF16, recompute=True, rows=512)),
+    "feed_forward/bfloat16, 64 rows": Case(lambda: feed_forward_backward(BF16, recompute=True, rows=64)),
     "feed_forward/float16": Case(lambda: feed_forward_backward(FP16)),
     "feed_forward/float16, tanh": Case(lambda: feed_forward_backward(FP16, "tanh")),
     "feed_forward/float16, recomputed": Case(lambda: feed_forward_backward(FP16, recompute=True)),
@@ -247,10 +264,13 @@ class Compiled:
     instructions: str  # the tensor cores' instructions that it uses
     has_dot: bool
     serialized: bool  # Hopper's products wait for one another
+    threads: int
+    programs: int  # that are to share a multiprocessor
 
 
-def compile_only(capability: int) -> list[triton.compiler.CompiledKernel]:
-    """From now on a launch compiles for ``capability`` and is listed in the result, in place of running."""
+def compile_only(capability: int) -> list[tuple[triton.compiler.CompiledKernel, int]]:
+    """From now on a launch compiles for ``capability`` and is listed in the result, in place of running, with the number of
+    programs that share a multiprocessor as the launcher has it: one but of a persistent kernel, which starts no others."""
     target = GPUTarget("cuda", capability, 32)
     triton.runtime.driver.set_active(
         SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0)
@@ -260,14 +280,15 @@ def compile_only(capability: int) -> list[triton.compiler.CompiledKernel]:
     run, compiled = JITFunction.run, []
 
     def compile_instead(kernel, *args, grid, warmup, **options):
-        compiled.append(run(kernel, *args, grid=grid, warmup=True, **options))
-        return compiled[-1]
+        programs = -(-grid[0] // chip.multiprocessors) if kernel.__name__.endswith("_persistent_kernel") else 1
+        compiled.append((run(kernel, *args, grid=grid, warmup=True, **options), programs))
+        return compiled[-1][0]
 
     JITFunction.run = compile_instead
     return compiled
 
 
-def inspect(compiled: triton.compiler.CompiledKernel) -> Compiled:
+def inspect(compiled: triton.compiler.CompiledKernel, programs: int) -> Compiled:
     """Reads the resources and the instructions off the compiled binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -285,6 +306,8 @@ def inspect(compiled: triton.compiler.CompiledKernel) -> Compiled:
         has_dot="tt.dot" in compiled.asm["ttir"],
         serialized="GMMA" in " ".join(instructions)
         and "wgmma.mma_async instructions are serialized" in _assembler_notes(compiled),
+        threads=32 * compiled.metadata.num_warps,
+        programs=programs,
     )
 
 
@@ -314,6 +337,9 @@ def faults(capability: int, name: str, case: Case, compiled: Compiled) -> list[s
         found.append(f"spills {compiled.spill_bytes} bytes, {allowed} allowed")
     if compiled.shared_kib > limit:
         found.append(f"takes {compiled.shared_kib:.0f} KiB of shared memory, the chip has {limit}")
+    registers = -(-compiled.registers // 8) * 8 * compiled.threads * compiled.programs
+    if registers > REGISTERS or compiled.programs * (compiled.shared_kib + 1) > limit + 1:
+        found.append(f"does not fit a multiprocessor {compiled.programs} times")
     if case.tensor_cores and compiled.has_dot and wanted not in compiled.instructions:
         found.append(f"uses {compiled.instructions or 'no tensor core instruction'} where {wanted} was expected")
     if case.tensor_cores and compiled.serialized:
@@ -345,7 +371,7 @@ def main() -> int:
             continue
         launched.clear()
         case.launch()
-        for compiled in map(inspected, dict.fromkeys(launched)):
+        for compiled in (inspected(*launch) for launch in dict.fromkeys(launched)):
             seen.add(compiled.kernel)
             row = f"{name:42} {compiled.kernel:34} {compiled.registers:9} {compiled.spill_bytes:7} {compiled.shared_kib:10.1f}"
             print(f"{row}  {compiled.instructions}", flush=True)
@@ -355,6 +381,8 @@ def main() -> int:
     missing = set() if arguments.only else kernel_names() - seen
     if arguments.capability < 90:
         missing = {name for name in missing if not name.startswith("fp8")}
+    if tuning.gemm_tile(tuning.chip_of(COUNT), None, 1) is None:
+        missing = {name for name in missing if not name.endswith("_persistent_kernel")}
     if missing:
         print(f"FAULT no case launches {', '.join(sorted(missing))}")
     return int(faulty or bool(missing))

@@ -1,7 +1,8 @@
 """y = x Wᵀ + b (+ residual) over packed rows.
 
 On CUDA, where the host knows the number of rows, and in training this is ``torch.nn.functional.linear``, which nothing beats for
-a plain GEMM. Where only the device knows the number (``count``), the GEMM reads it there; where a row must have the same bits in
+a plain GEMM: bias and all it is one call of cuBLASLt. With a residual too it is that in inference, by a kernel in C++ where one
+is built. Where only the device knows the number (``count``), the GEMM reads it there; where a row must have the same bits in
 any batch (``deterministic``), it is a GEMM that sums every element in one order. On the CPU that one is also faster for few rows.
 Backward: dx = dy W, dW = dyᵀ x, db = sum(dy) over the real rows.
 """
@@ -21,6 +22,8 @@ from roberta_fast.ops.registration import (
     register_autograd,
     register_backends,
 )
+
+CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def linear(
@@ -76,9 +79,14 @@ def prepack_objection(weight: torch.Tensor) -> str | None:
 
 
 def _kernel_pays(x, *others):
-    """Where the kernel of the CPU serves, and nobody counts on seeing PyTorch's own operation."""
-    serves = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return serves and is_plain_call((x, *others))
+    """Where the kernel of the CPU serves, or on CUDA the one that adds a residual, and nobody counts on seeing PyTorch's own
+    operation."""
+    device, (*_, residual) = x.device.type, others
+    if device == "cuda":
+        serves = residual is not None and x.dtype in CUDA_DTYPES and dispatch.load_cpp_for_cuda() is None
+    else:
+        serves = device == "cpu" and x.dtype == torch.float32
+    return serves and not torch.is_autocast_enabled(device) and is_plain_call((x, *others))
 
 
 def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -153,5 +161,22 @@ def _autograd_backward(ctx, dy):
 
 
 register_autograd("linear", _autograd_backward, _setup_context)
+
+
+def _cublaslt_objection(facts):
+    if facts.device_rows or facts.deterministic:
+        return "cuBLASLt takes the number of rows from the host, and chooses by it"
+    names = [str(dtype).removeprefix("torch.") for dtype in CUDA_DTYPES]
+    return None if facts.dtype in names else f"cuBLASLt multiplies {', '.join(names)}, not {facts.dtype}"
+
+
+dispatch.register(
+    "linear",
+    "cpp",
+    "torch:ops.roberta_fast_cpp.linear_fwd.default",
+    device="cuda",
+    objection=_cublaslt_objection,
+    optional=True,
+)
 register_backends("linear", {"linear": "linear_fwd"})
 register_backends("linear", {"linear_backward": "linear_bwd"}, backends=("triton", "torch"))

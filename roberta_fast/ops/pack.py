@@ -152,4 +152,11 @@ def _unpack_backward(ctx, dy):
 register_autograd("pack", _pack_backward, _pack_context)
 register_autograd("unpack", _unpack_backward, _unpack_context)
 
+
+def pack_indices_cuda(mask, capacity):
+    """The CUDA kernel, one launch where Triton takes two; it also orders the sequences by length."""
+    return torch.ops.roberta_fast_cpp.pack_indices_and_order(mask, capacity)[:4]
+
+
+dispatch.register("pack_indices", "cpp", f"{__name__}:pack_indices_cuda", device="cuda", optional=True)
 register_backends("pack", {"pack_indices": "pack_indices", "pack": "pack", "unpack": "unpack"}, any_dtype=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from roberta_fast import dispatch
-from roberta_fast.kernels.linear import tile_for
+from roberta_fast.kernels.tuning import pointer_gemm
 from roberta_fast.ops import linear
 from roberta_fast.ops.linear import linear_backward_ref, linear_ref, prepack
 from roberta_fast.testing import assert_close_as_torch, poisoned
@@ -294,7 +294,7 @@ def test_operands_and_rounding_follow_torch_settings(triton_device):
     try:
         for setting, expected in (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert tile_for(x)["PRECISION"] == expected
+            assert pointer_gemm(x)["PRECISION"] == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
