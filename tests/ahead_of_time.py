@@ -99,7 +99,7 @@ def both_add_layer_norm(x: torch.dtype, residual: torch.dtype | None, dropout_p:
 
 def all_of_pack(dtype: torch.dtype, mask: torch.dtype = torch.int64) -> None:
     """Indices of a mask, rows in, rows out."""
-    indices, _, count, _ = pack.pack_indices(meta(32, 512, dtype=mask), 8192)
+    indices, _, count, *_ = pack.pack_indices(meta(32, 512, dtype=mask), 8192)
     rows = pack.pack(meta(32, 512, 768, dtype=dtype), indices, count)
     pack.unpack(rows, indices, 32, 512, count)
 
@@ -108,12 +108,13 @@ def both_attention(
     dtype: torch.dtype, head_dim: int = 64, longest: int = 512, dropout_p: float = 0.0, causal: bool = False,
     query_only: bool = False, deterministic: bool = False, precision: str = "ieee",
 ) -> None:  # fmt: skip
-    """Forward and backward of a fused projection's views, segments of at most ``longest`` rows."""
+    """Forward and backward of a fused projection's views, segments of at most ``longest`` rows, begun in an order."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     qkv, out = meta(8192, 3, 12, head_dim, dtype=dtype), meta(8192, 12, head_dim, dtype=dtype)
-    bounds, skip = meta(33, dtype=torch.int32), meta(32, dtype=torch.int32) if query_only else None
-    rest = bounds, bounds, longest, longest, 0.125, causal, skip, dropout_p, SEED if dropout_p else None, deterministic
+    bounds, order = (meta(size, dtype=torch.int32) for size in (33, 32))
+    skip, seed = order if query_only else None, SEED if dropout_p else None
+    rest = bounds, bounds, longest, longest, 0.125, causal, skip, dropout_p, seed, deterministic, order
     attention.attention_fwd(*qkv.unbind(1), *rest)
     attention.attention_bwd(out, *qkv.unbind(1), out, meta(12, 8192, dtype=torch.float32), *rest)
     torch.backends.cuda.matmul.fp32_precision = before
@@ -168,6 +169,9 @@ CASES: dict[str, Case] = {
     "attention/bfloat16, S=128": Case(lambda: both_attention(BF16, longest=128)),
     "attention/bfloat16, S=64": Case(lambda: both_attention(BF16, longest=64)),
     "attention/bfloat16, dropout, S=64": Case(lambda: both_attention(BF16, longest=64, dropout_p=0.1), default=True),
+    "attention/bfloat16, causal, S=128": Case(lambda: both_attention(BF16, longest=128, causal=True)),
+    "attention/bfloat16, causal, dropout, S=64": Case(lambda: both_attention(BF16, longest=64, dropout_p=0.1, causal=True)),
+    "attention/float16, S=128": Case(lambda: both_attention(FP16, longest=128)),
     "attention/bfloat16, S=32": Case(lambda: both_attention(BF16, longest=32), tensor_cores=False),
     "attention/bfloat16, query only": Case(lambda: both_attention(BF16, query_only=True)),
     "attention/bfloat16, query only, S=128": Case(lambda: both_attention(BF16, 64, 128, 0.1, query_only=True)),
@@ -184,6 +188,7 @@ CASES: dict[str, Case] = {
     "attention/D=128": Case(lambda: both_attention(BF16, 128)),
     "attention/D=128, dropout": Case(lambda: both_attention(BF16, 128, dropout_p=0.1)),
     **{f"attention/D={d}, S=128": Case(lambda d=d: both_attention(BF16, d, 128, 0.1)) for d in (32, 128)},
+    **{f"attention/D={d}, S=64": Case(lambda d=d: both_attention(BF16, d, 64)) for d in (24, 32, 128)},
     "cross_entropy/bfloat16": Case(lambda: losses(BF16), default=True),
     "cross_entropy/bfloat16, loss alone": Case(lambda: losses(BF16, with_gradient=False)),
     "cross_entropy/float32, small vocabulary": Case(lambda: losses(FP32, 1000)),
