@@ -5,7 +5,7 @@ process where a launch compiles for the given compute capability instead of runn
 ask for: their tiles, flags and alignment; and a launcher that reads a value on the host fails. Prints one line per kernel:
 registers and spilled bytes a thread, shared memory a block. Exits with 1 where one is over its budget: spills above the
 case's allowance, shared memory above the chip's limit, a matrix product without the generation's own tensor core instructions, or
-on Hopper with ones that wait for each other.
+on Hopper with ones that wait for each other; an atomic addition, whose order would differ from run to run.
 
 It must run in a process of its own: where ``TRITON_INTERPRET`` is set, kernels cannot be compiled.
 """
@@ -208,6 +208,7 @@ class Compiled:
     instructions: str  # the tensor cores' instructions that it uses
     has_dot: bool
     serialized: bool  # Hopper's products wait for one another
+    atomics: bool  # it adds to global memory that others add to
 
 
 def compile_only(capability: int) -> list[triton.compiler.CompiledKernel]:
@@ -244,6 +245,7 @@ def inspect(compiled: triton.compiler.CompiledKernel) -> Compiled:
         shared_kib=compiled.metadata.shared / 1024,
         instructions=" ".join(instructions),
         has_dot="tt.dot" in compiled.asm["ttir"],
+        atomics=bool(re.search(r"\b(?:ATOM|ATOMG|RED|REDG)\.", sass)),
         serialized="HGMMA" in instructions and "wgmma.mma_async instructions are serialized" in _assembler_notes(compiled),
     )
 
@@ -278,6 +280,8 @@ def faults(capability: int, name: str, case: Case, compiled: Compiled) -> list[s
         found.append(f"uses {compiled.instructions or 'no tensor core instruction'} where {wanted} was expected")
     if case.tensor_cores and compiled.serialized:
         found.append("runs its matrix products one by one (a ptxas note)")
+    if compiled.atomics:
+        found.append("adds to memory by atomics")
     return found
 
 

@@ -299,6 +299,17 @@ def test_opcheck(case, backend):
     torch.library.opcheck(backward, (dout_of(case, backend.device), *saved, *rest, backend.name))
 
 
+def test_what_is_kept(backend):
+    """For the backward pass no scores, weights or mask, but one statistic a row and head."""
+    case = Case((3, 2, 40), heads=2, dropout_p=0.5, order=(2, 0, 1))
+    inputs = [t.requires_grad_() for t in case.inputs(backend.device)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        operator(*inputs, *case.rest(backend.device), backend.name)
+    shapes = [tuple(t.shape) for t in kept if t.is_floating_point()]
+    assert sorted(shapes) == [(2, 45)] + [(45, 2, 32)] * 4
+
+
 HALF, INTEGERS = (torch.zeros(4, 2, 32, dtype=dtype) for dtype in (torch.float16, torch.int64))
 BAD_ARGUMENTS = {
     "query of two dimensions": ({"query": torch.zeros(4, 32)}, r"query must be a packed .* got shape \(4, 32\)"),
