@@ -43,7 +43,7 @@ class Comparison:
         self.device, self.dtype = model.device.type, str(model.dtype).removeprefix("torch.")
         self.training, self.busy = model.training, measure.busy()
         self.optimizer = None
-        drops = getattr(shapes.encoder_config(model.config), "attention_probs_dropout_prob", 0.0)
+        drops = shapes.dropout_of(model.config, shapes.ATTENTION_DROPOUT)
         self.absent = {p: PEERS[p].reason_against(self.device, self.dtype, mode, drops) for p in peers}
         self.peers = [p for p in peers if self.absent[p] is None]
 

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     facts = {"kind": "loss_curve", "model": args.model, "mode": "mlm", "environment": environment, "busy": busy}
     facts |= {"text": args.text.name, "steps": args.steps, "batch": args.batch_size, "longest": args.longest, "tokens": tokens}
-    facts |= {"learning_rate": args.learning_rate, "dropout": model.config.hidden_dropout_prob}
+    facts |= {"learning_rate": args.learning_rate, "dropout": shapes.dropout_of(model.config, shapes.HIDDEN_DROPOUT)}
     results = [{**facts, **compare(model, batches, p, args.seeds, args.learning_rate)} for p in precisions]
     print("\n\n".join(map(report.section, results)))
     for path in filter(None, (args.json, args.save and report.RESULTS / f"{report.slug(environment)}.json")):

@@ -60,6 +60,10 @@ MODES = {
 }
 TRAINING = ("train", "mlm", "seq2seq")
 NEW_TOKENS = 32  # that a text is continued by in generation
+# What BERT's relatives and DistilBERT call a probability of dropping.
+HIDDEN_DROPOUT = ("hidden_dropout_prob", "dropout")
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
+HEAD_DROPOUT = ("classifier_dropout", "seq_classif_dropout", "qa_dropout")
 LABELLED = 0.15  # of the tokens, as masked-language-model training has it
 
 
@@ -71,12 +75,15 @@ def build_model(name: str, *, mode: str = "eval", seed: int = 0, dropout: float 
     it; ``"generate"``: that one in eval mode. dropout: all of its probabilities; None: as the config has them.
     Raises ValueError if ``name`` is neither.
     """
-    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, EncoderDecoderModel
+    from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, EncoderDecoderModel
 
     torch.manual_seed(seed)
     if name not in MODELS and not Path(name, "config.json").is_file():
         raise ValueError(f"{name!r} is neither one of {', '.join(MODELS)} nor a folder with a config.json")
-    overrides = {} if dropout is None else dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
+    overrides = {}
+    if dropout is not None:
+        config = MODELS[name].config() if name in MODELS else AutoConfig.from_pretrained(name)
+        overrides = {key: dropout for key in HIDDEN_DROPOUT + ATTENTION_DROPOUT + HEAD_DROPOUT if hasattr(config, key)}
     if mode in ("seq2seq", "generate"):
         if name in MODELS:
             model = EncoderDecoderModel(_encoder_decoder_config(MODELS[name], overrides))
@@ -102,6 +109,12 @@ def _encoder_decoder_config(shape, overrides):
 def encoder_config(config):
     """The config of a model's encoder."""
     return getattr(config, "encoder", config)
+
+
+def dropout_of(config, names: tuple[str, ...]) -> float:
+    """The probability that the encoder's config has under one of ``names``; 0 under none."""
+    config = encoder_config(config)
+    return next((getattr(config, name) for name in names if hasattr(config, name)), 0.0)
 
 
 def ragged_lengths(count: int, longest: int = 92, seed: int = 0) -> list[int]:

@@ -1,16 +1,16 @@
 """Variable-length flash attention, forward and backward (Dao 2023, "FlashAttention-2", arXiv:2307.08691).
 
 A program of the forward and of the dq kernel owns BLOCK_M query rows of one (segment, head), one of the dkdv kernel BLOCK_N key
-rows. Where whole segments fit one tile, ``attention_bwd_kernel`` computes all three gradients with five matrix products in place
-of seven. No kernel adds to memory that another program writes, so gradients are the same from run to run. Lengths are read on the
-device: grids come from the longest length, and programs behind a segment's end leave at once.
+rows. Where whole segments fit one tile, the kernels of ``attention_short.py`` serve. No kernel adds to memory that another
+program writes, so gradients are the same from run to run. Lengths are read on the device: grids come from the longest length, and
+programs behind a segment's end leave at once.
 
 Arguments that the kernels share:
   query_ptr, key_ptr, value_ptr   [Nq | Nk, H, D], strided but for D; stride_*_n, stride_*_h in elements
   out_ptr, dout_ptr, d*_ptr       contiguous [Nq | Nk, H, D]
   lse_ptr                         float32 [H, Nq], log-sum-exp of the scores
   statistics_ptr                  float32 [H, Nq, 2], lse·log2(e) (inf where it is -inf) and rowsum(dO∘O) / rescale
-  cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr   as in ops/attention.py
+  cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr   as in ops/attention.py
   rows, heads, blocks             Nq, H, and how many blocks the longest segment is cut into
   scale, threshold, rescale       factor on the scores; dropout's threshold and its factor on what is kept
   BLOCK_D                         HEAD_DIM padded to a power of two; columns from HEAD_DIM on are zeros
@@ -31,8 +31,8 @@ from roberta_fast.kernels.attention_blocks import (
     locate,
     not_later,
     store_rows,
-    visible_keys,
 )
+from roberta_fast.kernels.attention_short import attention_bwd_short_kernel, attention_fwd_short_kernel
 from roberta_fast.kernels.dropout import interleaved_columns
 from roberta_fast.ops import dropout
 
@@ -41,7 +41,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["rows", "heads", "blocks", "threshold"])
 def attention_fwd_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr,
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr,
     stride_query_n, stride_query_h, stride_key_n, stride_key_h, stride_value_n, stride_value_h,
     rows, heads, blocks, scale, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -49,8 +49,9 @@ def attention_fwd_kernel(
 ):  # fmt: skip
     """out and lse of BLOCK_M query rows of one (segment, head)."""
     block, head, begin_q, length_q, begin_k, length_k, skip, coordinates = locate(
-        blocks, heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, threshold, HAS_QUERY_ONLY, HAS_DROPOUT
-    )
+        blocks, heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr, threshold,
+        HAS_QUERY_ONLY, HAS_DROPOUT,
+    )  # fmt: skip
     first_row = block * BLOCK_M
     if first_row >= length_q:
         return
@@ -87,7 +88,7 @@ def attention_fwd_kernel(
 @triton.jit(do_not_specialize=["rows", "heads", "blocks", "threshold"])
 def attention_bwd_dq_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, statistics_ptr, dquery_ptr,
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr,
     stride_query_n, stride_query_h, stride_key_n, stride_key_h, stride_value_n, stride_value_h,
     rows, heads, blocks, scale, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -95,8 +96,9 @@ def attention_bwd_dq_kernel(
 ):  # fmt: skip
     """dq of BLOCK_M query rows of one (segment, head), and their statistics for the dkdv kernel, which runs next."""
     block, head, begin_q, length_q, begin_k, length_k, skip, coordinates = locate(
-        blocks, heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, threshold, HAS_QUERY_ONLY, HAS_DROPOUT
-    )
+        blocks, heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr, threshold,
+        HAS_QUERY_ONLY, HAS_DROPOUT,
+    )  # fmt: skip
     first_row = block * BLOCK_M
     if first_row >= length_q:
         return
@@ -138,7 +140,7 @@ def attention_bwd_dq_kernel(
 @triton.jit(do_not_specialize=["rows", "heads", "blocks", "threshold"])
 def attention_bwd_dkdv_kernel(
     dout_ptr, query_ptr, key_ptr, value_ptr, statistics_ptr, dkey_ptr, dvalue_ptr,
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr,
     stride_query_n, stride_query_h, stride_key_n, stride_key_h, stride_value_n, stride_value_h,
     rows, heads, blocks, scale, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -146,8 +148,9 @@ def attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of BLOCK_N key rows of one (segment, head)."""
     block, head, begin_q, length_q, begin_k, length_k, skip, coordinates = locate(
-        blocks, heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, threshold, HAS_QUERY_ONLY, HAS_DROPOUT
-    )
+        blocks, heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr, threshold,
+        HAS_QUERY_ONLY, HAS_DROPOUT,
+    )  # fmt: skip
     first_column = block * BLOCK_N
     if first_column >= length_k:
         return
@@ -186,83 +189,47 @@ def attention_bwd_dkdv_kernel(
     store_rows(dvalue_ptr + offset, tl.where(seen, dv * rescale, 0.0), columns, row_stride, real, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["rows", "heads", "threshold"])
-def attention_bwd_kernel(
-    dout_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, dquery_ptr, dkey_ptr, dvalue_ptr,
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr,
-    stride_query_n, stride_query_h, stride_key_n, stride_key_h, stride_value_n, stride_value_h,
-    rows, heads, scale, threshold, rescale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_QUERY_ONLY: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq, dk and dv of one (segment, head) of at most BLOCK_M queries and BLOCK_N keys."""
-    _, head, begin_q, length_q, begin_k, length_k, skip, coordinates = locate(
-        1, heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, threshold, HAS_QUERY_ONLY, HAS_DROPOUT
-    )
-    row_stride = heads * HEAD_DIM
-    offset_q = begin_q * row_stride + head * HEAD_DIM
-    offset_k = begin_k * row_stride + head * HEAD_DIM
-
-    query_rows = tl.arange(0, BLOCK_M)
-    columns = interleaved_columns(BLOCK_N)
-    asked = query_rows < length_q
-    real = columns < length_k
-    query_ptr += begin_q * stride_query_n + head * stride_query_h
-    key_ptr += begin_k * stride_key_n + head * stride_key_h
-    value_ptr += begin_k * stride_value_n + head * stride_value_h
-    q = load_rows(query_ptr, query_rows, stride_query_n, asked, HEAD_DIM, BLOCK_D)
-    k = load_rows(key_ptr, columns, stride_key_n, real, HEAD_DIM, BLOCK_D)
-    v = load_rows(value_ptr, columns, stride_value_n, real, HEAD_DIM, BLOCK_D)
-    dout = load_rows(dout_ptr + offset_q, query_rows, row_stride, asked, HEAD_DIM, BLOCK_D)
-    lse = tl.load(lse_ptr + head * rows + begin_q + query_rows, mask=asked, other=float("-inf")) * LOG2_E
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-
-    visible = visible_keys(query_rows, columns, skip, length_q, length_k, CAUSAL)
-    dropped, dscores = gradient_block(
-        q, k, v, dout, lse, None, visible, query_rows, 0, scale * LOG2_E, coordinates, HAS_DROPOUT, PRECISION
-    )
-    dv = tl.dot(dropped.to(dout.dtype).T, dout, input_precision=PRECISION)
-    store_rows(dvalue_ptr + offset_k, dv * rescale, columns, row_stride, real, HEAD_DIM, BLOCK_D)
-    dscores = (dscores * (scale * rescale)).to(q.dtype)
-    dk = tl.dot(dscores.T, q, input_precision=PRECISION)
-    store_rows(dkey_ptr + offset_k, dk, columns, row_stride, real, HEAD_DIM, BLOCK_D)
-    dq = tl.dot(dscores, k, input_precision=PRECISION)
-    store_rows(dquery_ptr + offset_q, dq, query_rows, row_stride, asked, HEAD_DIM, BLOCK_D)
-
-
 def attention_fwd(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=False,
-                  query_only=None, dropout_p=0.0, seed=None, deterministic=False):  # fmt: skip
+                  query_only=None, dropout_p=0.0, seed=None, deterministic=False, order=None):  # fmt: skip
     """(out [Nq, H, D] in query's dtype, lse float32 [H, Nq]), as ``attention_ref``."""
-    rows, heads, _ = query.shape
-    kernel = "forward_dropout" if dropout_p else "forward"
-    tile = tuning.attention_tile(kernel, query, None if deterministic else (max_seqlen_q, max_seqlen_k))
-    blocks = triton.cdiv(max_seqlen_q, tile.block_m)
+    (rows, heads, _), segments = query.shape, cu_seqlens_q.shape[0] - 1
+    lengths = None if deterministic else (max_seqlen_q, max_seqlen_k)
+    name = "forward_dropout" if dropout_p else "forward"
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((heads, rows), dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
-        attention_fwd_kernel[(blocks * heads * (cu_seqlens_q.shape[0] - 1),)](
-            query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, *_strides(query, key, value),
-            rows, heads, blocks, scale, dropout.threshold(dropout_p), dropout.scale(dropout_p),
+        tile = tuning.short_attention_tile(name, query, lengths)
+        if tile is not None:
+            kernel, heads_or_blocks = attention_fwd_short_kernel, tuning.heads_per_program(tile, query, segments)
+            programs = triton.cdiv(heads, heads_or_blocks) * segments
+        else:
+            kernel, tile = attention_fwd_kernel, tuning.attention_tile(name, query, lengths)
+            heads_or_blocks = triton.cdiv(max_seqlen_q, tile.block_m)
+            programs = heads_or_blocks * heads * segments
+        kernel[(programs,)](
+            query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, order, *_strides(query, key, value),
+            rows, heads, heads_or_blocks, scale, dropout.threshold(dropout_p), dropout.scale(dropout_p),
             **_options(query, tile, causal, query_only, dropout_p),
         )  # fmt: skip
     return out, lse
 
 
 def attention_bwd(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                  causal=False, query_only=None, dropout_p=0.0, seed=None, deterministic=False):  # fmt: skip
+                  causal=False, query_only=None, dropout_p=0.0, seed=None, deterministic=False, order=None):  # fmt: skip
     """(dquery, dkey, dvalue), contiguous, in query's dtype, as ``attention_backward_ref``."""
-    rows, heads, _ = query.shape
+    (rows, heads, _), segments = query.shape, cu_seqlens_q.shape[0] - 1
     lengths = None if deterministic else (max_seqlen_q, max_seqlen_k)
-    pairs = heads * (cu_seqlens_q.shape[0] - 1)
+    pairs = heads * segments
     dquery, dkey, dvalue = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
-    bounds = cu_seqlens_q, cu_seqlens_k, query_only, seed, *_strides(query, key, value), rows, heads
+    bounds = cu_seqlens_q, cu_seqlens_k, query_only, seed, order, *_strides(query, key, value), rows, heads
     factors = scale, dropout.threshold(dropout_p), dropout.scale(dropout_p)
     flags = causal, query_only, dropout_p
     with torch.cuda.device_of(query):
-        tile = tuning.attention_tile("backward", query, lengths)
-        if not deterministic and max_seqlen_q <= tile.block_m and max_seqlen_k <= tile.block_n:
-            attention_bwd_kernel[(pairs,)](
-                dout, query, key, value, lse, dquery, dkey, dvalue, *bounds, *factors, **_options(query, tile, *flags)
+        tile = tuning.short_attention_tile("backward", query, lengths)
+        if tile is not None:
+            share = tuning.heads_per_program(tile, query, segments)
+            attention_bwd_short_kernel[(triton.cdiv(heads, share) * segments,)](
+                dout, query, key, value, lse, dquery, dkey, dvalue, *bounds, share, *factors, **_options(query, tile, *flags)
             )
             return dquery, dkey, dvalue
         statistics = torch.empty((heads, rows, 2), dtype=torch.float32, device=query.device)

@@ -12,7 +12,7 @@ from roberta_fast.kernels.dropout import interleaved_columns, keep_mask_interlea
 
 @triton.jit
 def locate(
-    blocks, heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, threshold,
+    blocks, heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr, threshold,
     HAS_QUERY_ONLY: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """What this program works on: (block, head, first query row, their number, first key row, their number, skip, coordinates).
@@ -21,12 +21,24 @@ def locate(
     coordinates: what dropout depends on beside row and column, (seed, threshold, head, segment).
     """
     program = tl.program_id(0)
-    head, segment = program // blocks % heads, program // blocks // heads
+    head = program // blocks % heads
+    segment, begin_q, length_q, begin_k, length_k, skip = segment_at(
+        program // blocks // heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, order_ptr, HAS_QUERY_ONLY
+    )
+    coordinates = (tl.load(seed_ptr) if HAS_DROPOUT else 0, threshold, head, segment)
+    return program % blocks, head.to(tl.int64), begin_q, length_q, begin_k, length_k, skip, coordinates
+
+
+@triton.jit
+def segment_at(
+    position, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, order_ptr, HAS_QUERY_ONLY: tl.constexpr
+):  # fmt: skip
+    """(segment, first query row, their number, first key row, their number, skip) of the segment at ``position`` of the order."""
+    segment = position if order_ptr is None else tl.load(order_ptr + position)
     begin_q, begin_k = tl.load(cu_seqlens_q_ptr + segment), tl.load(cu_seqlens_k_ptr + segment)
     length_q, length_k = tl.load(cu_seqlens_q_ptr + segment + 1) - begin_q, tl.load(cu_seqlens_k_ptr + segment + 1) - begin_k
     skip = tl.load(query_only_ptr + segment) if HAS_QUERY_ONLY else 0
-    coordinates = (tl.load(seed_ptr) if HAS_DROPOUT else 0, threshold, head, segment)
-    return program % blocks, head.to(tl.int64), begin_q.to(tl.int64), length_q, begin_k.to(tl.int64), length_k, skip, coordinates
+    return segment, begin_q.to(tl.int64), length_q, begin_k.to(tl.int64), length_k, skip
 
 
 @triton.jit

@@ -29,20 +29,26 @@ def pack_lengths_kernel(mask_ptr, lengths_ptr, query_only_ptr, S, stride_mask_b,
 
 @triton.jit
 def pack_indices_kernel(
-    mask_ptr, lengths_ptr, indices_ptr, cu_seqlens_ptr, count_ptr, B, S, N, end, stride_mask_b, stride_mask_s,
+    mask_ptr, lengths_ptr, indices_ptr, cu_seqlens_ptr, count_ptr, order_ptr, B, S, N, end, stride_mask_b, stride_mask_s,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """A sequence's positions, and its share of the rest, which is filled with ``end``.
+    """A sequence's positions, its rank among the lengths, and its share of the rest of the indices, which is filled with ``end``.
 
     indices_ptr: int64 [N]; what does not fit is left out. end: B * S. cu_seqlens_ptr: int32 [B + 1]. count_ptr: int32 [1].
+    order_ptr: int32 [B].
     """
     sequence = tl.program_id(0)
-    begin, total = 0, 0
+    length = tl.load(lengths_ptr + sequence)
+    begin, total, rank = 0, 0, 0
     for first in tl.range(0, B, BLOCK_B):
         sequences = first + tl.arange(0, BLOCK_B)
         lengths = tl.load(lengths_ptr + sequences, mask=sequences < B, other=0)
         begin += tl.sum(tl.where(sequences < sequence, lengths, 0), axis=0)
         total += tl.sum(lengths, axis=0)
+        # No sequence is shorter than one row, so that what lies behind the last comes before none.
+        before = (lengths > length) | ((lengths == length) & (sequences < sequence))
+        rank += tl.sum(before.to(tl.int32), axis=0)
+    tl.store(order_ptr + rank, sequence)
     tl.store(cu_seqlens_ptr + sequence, begin)
     if sequence == B - 1:
         tl.store(cu_seqlens_ptr + B, total)
@@ -101,30 +107,30 @@ def _tile(indices_ptr, count_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.const
     return rows, columns, index, (rows < real)[:, None] & (columns < C)[None, :]
 
 
-def pack_indices(mask: torch.Tensor, capacity: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(indices int64 [N], cu_seqlens int32 [B + 1], count int32 [1], query_only int32 [B]) of a mask [B, S].
+def pack_indices(mask: torch.Tensor, capacity: int | None) -> tuple[torch.Tensor, ...]:
+    """(indices int64 [N], cu_seqlens int32 [B + 1], count int32 [1], query_only int32 [B], order int32 [B]) of a mask [B, S].
 
     N is ``capacity``; without one the host waits for the device to know it. More real tokens than ``capacity`` fail there.
     """
     batch, seqlen = mask.shape
     mask = mask != 0 if mask.is_floating_point() or mask.is_complex() else mask
     mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
-    lengths, cu_seqlens, count, query_only = (
-        torch.empty(size, dtype=torch.int32, device=mask.device) for size in (batch, batch + 1, 1, batch)
+    lengths, cu_seqlens, count, query_only, order = (
+        torch.empty(size, dtype=torch.int32, device=mask.device) for size in (batch, batch + 1, 1, batch, batch)
     )
     if batch == 0:
         indices = torch.zeros(capacity or 0, dtype=torch.int64, device=mask.device)
-        return indices, cu_seqlens.zero_(), count.zero_(), query_only
+        return indices, cu_seqlens.zero_(), count.zero_(), query_only, order
     pack_lengths_kernel[(batch,)](mask, lengths, query_only, seqlen, *mask.stride(), BLOCK_S=BLOCK_S)
     n = int(lengths.sum()) if capacity is None else capacity
     indices = torch.empty(n, dtype=torch.int64, device=mask.device)
     pack_indices_kernel[(batch,)](
-        mask, lengths, indices, cu_seqlens, count, batch, seqlen, n, batch * seqlen, *mask.stride(),
+        mask, lengths, indices, cu_seqlens, count, order, batch, seqlen, n, batch * seqlen, *mask.stride(),
         BLOCK_B=BLOCK_B, BLOCK_S=BLOCK_S,
     )  # fmt: skip
     if capacity is not None:
         torch._assert_async(count <= capacity, f"mask has more real tokens than capacity={capacity}")
-    return indices, cu_seqlens, count, query_only
+    return indices, cu_seqlens, count, query_only, order
 
 
 def pack(x: torch.Tensor, indices: torch.Tensor, count: torch.Tensor | None) -> torch.Tensor:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+REGISTERS = 65536  # of a multiprocessor, in every generation
+
 
 class Chip(NamedTuple):
     """What tile choices depend on.
@@ -61,23 +63,58 @@ _MMA_SYNC = {
     "forward_dropout": {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
     "dq": {128: Tile(64, 32, 4, 2)},
     "dkdv": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
-    "backward": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1)},
 }
 _WGMMA = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)},
     "forward_dropout": {64: Tile(64, 64, 4, 3, registers=168), 128: Tile(128, 64, 8, 2)},
     "dq": {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
     "dkdv": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2)},
-    "backward": {64: Tile(128, 128, 8, 1), 128: Tile(64, 64, 4, 1)},
 }
 _TCGEN05 = {**_WGMMA, "dq": {64: Tile(64, 64, 4, 2, registers=184), 128: Tile(128, 64, 8, 2)}}
 _ATTENTION_TILES = {80: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05, 120: _MMA_SYNC}
+
+# Tiles of whole segments, smallest first: kernel and generation to {largest head dimension: tiles}.
+# Forward they let 16 warps run on a multiprocessor, with the next head's rows on their way, where the general kernels at the same
+# lengths have 8 to 12 and wait for theirs; on 90 and 128 rows those have 16 as well. Not here is what takes all registers of a
+# multiprocessor for eight warps or spills hundreds of bytes: 128 rows with dropout (255, or 384 bytes), or of head dimension 128.
+# Backward 128 rows are one program of eight warps a multiprocessor, looped or not (255 and 210 registers): only the second
+# stage keeps the memory busy meanwhile. One stage is where a second would spill 128 bytes and more (80, 100), and where 99 KiB of
+# shared memory are all (120).
+_SHORT_FORWARD = {
+    "forward": {64: (Tile(32, 32, 2, 2, 128), Tile(64, 64, 4, 2, 128), Tile(128, 128, 8, 2, 128))},
+    "forward_dropout": {64: (Tile(32, 32, 2, 2, 128), Tile(64, 64, 4, 2, 128))},
+}
+_SHORT_ATTENTION_TILES = {
+    80: {
+        **_SHORT_FORWARD,
+        "backward": {64: (Tile(32, 32, 2, 2, 168), Tile(64, 64, 4, 1)), 128: (Tile(32, 32, 4, 1), Tile(64, 64, 8, 1))},
+    },
+    90: {
+        **_SHORT_FORWARD,
+        "backward": {
+            64: (Tile(32, 32, 2, 2, 168), Tile(64, 64, 4, 2, 168), Tile(128, 128, 8, 2)),
+            128: (Tile(32, 32, 2, 1), Tile(64, 64, 4, 1)),
+        },
+    },
+    100: {
+        **_SHORT_FORWARD,
+        "backward": {
+            64: (Tile(32, 32, 2, 2, 168), Tile(64, 64, 4, 1, 168), Tile(128, 128, 8, 1)),
+            128: (Tile(32, 32, 2, 1), Tile(64, 64, 4, 1)),
+        },
+    },
+    120: {
+        "forward": _SHORT_FORWARD["forward_dropout"],
+        "forward_dropout": _SHORT_FORWARD["forward_dropout"],
+        "backward": {64: (Tile(32, 32, 2, 1, 168), Tile(64, 64, 4, 1)), 128: (Tile(32, 32, 4, 1), Tile(64, 64, 8, 1))},
+    },
+}
 
 
 def attention_tile(kernel: str, query: torch.Tensor, lengths: tuple[int, int] | None) -> Tile:
     """The tile of an attention kernel for ``query`` [N, H, D].
 
-    kernel: "forward", "forward_dropout", "dq", "dkdv", or "backward", whose tile must hold whole segments.
+    kernel: "forward", "forward_dropout", "dq" or "dkdv".
     lengths: the longest query and key segments, to which the tile is cut down so that fewer of its rows idle, with its warps
         in proportion. None: the tile, and with it the order of every sum, is the same for all lengths.
     """
@@ -95,6 +132,38 @@ def attention_tile(kernel: str, query: torch.Tensor, lengths: tuple[int, int] | 
         min(block, max(32, triton.next_power_of_2(length))) for block, length in zip(tile[:2], lengths, strict=True)
     )
     return tile._replace(block_m=block_m, block_n=block_n, warps=max(1, tile.warps * block_m // tile.block_m))
+
+
+def short_attention_tile(kernel: str, query: torch.Tensor, lengths: tuple[int, int] | None) -> Tile | None:
+    """The tile of a kernel of ``attention_short.py`` for ``query`` [N, H, D], or None where the general kernels serve better.
+
+    kernel: "forward", "forward_dropout" or "backward". lengths: the longest query and key segments, for which one size of tile
+        must be right: where it is not, half of a tile would idle. None: what serves must not depend on them.
+    """
+    if lengths is None:
+        return None
+    generation, head_dim = chip_of(query).generation, query.shape[2]
+    if generation == 0:
+        tiles = [Tile(32, 32, 1, 1)]
+    elif query.dtype == torch.float32:
+        tiles = [Tile(32, 32, 8, 1)]
+    else:
+        sizes = _SHORT_ATTENTION_TILES[generation][kernel]
+        tiles = next((tiles for size, tiles in sizes.items() if head_dim <= size), [])
+    of_queries, of_keys = (next((tile for tile in tiles if length <= tile.block_m), None) for length in lengths)
+    return of_queries if of_queries == of_keys else None
+
+
+def heads_per_program(tile: Tile, query: torch.Tensor, segments: int) -> int:
+    """How many heads of a segment a program takes: as many as leave two programs for each that runs at a time, at most all.
+
+    With fewer programs than that, some multiprocessors would be done when others begin their last. Registers are what limits
+    how many run at a time.
+    """
+    heads = query.shape[1]
+    at_a_time = chip_of(query).multiprocessors * (REGISTERS // (32 * tile.warps * (tile.registers or 256)))
+    share = min(heads, max(1, segments * heads // (2 * at_a_time)))
+    return triton.cdiv(heads, triton.cdiv(heads, share))
 
 
 GROUP_M = 8  # rows of tiles that are done together, so that neighbours share operands in the L2 cache

@@ -156,7 +156,8 @@ def self_attention(query, key, value, batch, cache: Cache | None, layer: int | N
     bounds = (batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen)
     if batch.first_rows:
         bounds = (torch.arange(batch.batch + 1, dtype=torch.int32, device=query.device), batch.cu_seqlens, 1, batch.max_seqlen)
-    return ops.attention(query, key, value, *bounds, causal=decoding is not None, query_only=batch.query_only, **options)
+    options |= {"query_only": batch.query_only, "order": batch.order}
+    return ops.attention(query, key, value, *bounds, causal=decoding is not None, **options)
 
 
 def cross_attention(query, key_value, batch, cache: Cache | None, layer: int, **options) -> torch.Tensor:
@@ -170,7 +171,7 @@ def cross_attention(query, key_value, batch, cache: Cache | None, layer: int, **
         cache.cross_attention_cache.update(_padded(key, encoder), _padded(value, encoder), layer)
         cache.is_updated[layer] = True
     bounds = (batch.cu_seqlens, encoder.cu_seqlens, batch.max_seqlen, encoder.max_seqlen)
-    return ops.attention(query, key, value, *bounds, query_only=encoder.query_only, **options)
+    return ops.attention(query, key, value, *bounds, query_only=encoder.query_only, order=batch.order, **options)
 
 
 def _padded(rows, batch):

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from roberta_fast import ops
 from roberta_fast.families import is_plain
 from roberta_fast.layer import activated, add_norm, foreign_hooks
-from roberta_fast.ops.registration import TRANSFORMED, is_transformed
+from roberta_fast.ops.registration import TRANSFORMED, is_transformed, refuse
 from roberta_fast.packing import PackedBatch
 from roberta_fast.reporting import FastModel
 
@@ -61,6 +61,10 @@ def fused_forward(stock: type[nn.Module], causal: bool) -> Callable:
         if reason:
             self._report(self.stock_calls, "computes all logits", "all logits would be computed", reason)
             return stock.forward(self, *args, **kwargs)
+        if labels.dtype != torch.int64:
+            refuse(
+                "labels", f"{labels.dtype} {tuple(labels.shape)}", "int64 [B, S], a class of the vocabulary or -100 at each token"
+            )
         if causal:
             given["use_cache"] = False  # as in the stock models
             given.pop("logits_to_keep", None)

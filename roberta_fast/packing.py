@@ -30,6 +30,7 @@ class PackedBatch(NamedTuple):
     indices: int64 [N], flat positions of the real tokens; None where nothing is padded, so that packing is a view.
     cu_seqlens: int32 [B + 1], where each sequence begins among the rows, and the end.
     query_only: int32 [B], 1 where position 0 is padding, hence asks but is not seen; None without padding.
+    order: int32 [B], the sequences by descending length, for attention to begin with the longest; None: as they stand.
     mask: [B, S] the padding mask as it came, nonzero at real tokens, or None.
     count: int32 [1], how many of the rows are real, where only the device knows it: N is then B * S, and rows behind hold
         anything. None: all are.
@@ -44,6 +45,7 @@ class PackedBatch(NamedTuple):
     indices: torch.Tensor | None
     cu_seqlens: torch.Tensor
     query_only: torch.Tensor | None
+    order: torch.Tensor | None
     mask: torch.Tensor | None
     count: torch.Tensor | None
     batch: int
@@ -62,14 +64,15 @@ class PackedBatch(NamedTuple):
         batch, seqlen = hidden_states.shape[:2]
         if mask is None:
             cu_seqlens = torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=hidden_states.device)
-            return cls(None, cu_seqlens, None, None, None, batch, seqlen, seqlen, options)
+            return cls(None, cu_seqlens, None, None, None, None, batch, seqlen, seqlen, options)
         on_device = options.unpad == "device" or (options.unpad == "auto" and _is_capturing(mask))
         capacity = batch * seqlen if on_device else None
-        indices, cu_seqlens, count, query_only = ops.pack_indices(mask, capacity, backend=options.backend)
+        indices, cu_seqlens, count, query_only, order = ops.pack_indices(mask, capacity, backend=options.backend)
         # A compiled graph serves every number of real tokens and cannot branch on it.
         if not on_device and not torch.compiler.is_compiling() and indices.shape[0] == batch * seqlen:
             indices = None
-        return cls(indices, cu_seqlens, query_only, mask, count if on_device else None, batch, seqlen, seqlen, options)
+        count = count if on_device else None
+        return cls(indices, cu_seqlens, query_only, order, mask, count, batch, seqlen, seqlen, options)
 
     @classmethod
     def of_flattened(
@@ -79,7 +82,7 @@ class PackedBatch(NamedTuple):
         batch, seqlen = hidden_states.shape[:2]
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q divides one row, [1, S, C], but hidden_states is {tuple(hidden_states.shape)}")
-        return cls(None, cu_seqlens.int(), None, None, None, batch, seqlen, min(max_seqlen or seqlen, seqlen), options)
+        return cls(None, cu_seqlens.int(), None, None, None, None, batch, seqlen, min(max_seqlen or seqlen, seqlen), options)
 
     @property
     def is_flattened(self) -> bool:

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForMaskedLM
 
 import roberta_fast
 from roberta_fast import cli
 from roberta_fast.benchmarks import comparison, gpu, measure, operations, peers, report, shapes
 from roberta_fast.benchmarks.parity import Gate
 from roberta_fast.report import stock_clone
+from roberta_fast.testing import tiny_config
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "tiny", "--batch-size", "4", "--longest", "20", "--dense", "2x16", "--repeats", "2", "--device", "cpu"]
@@ -270,6 +272,17 @@ class TestEncoder:
             batch = shapes.batch_of("ragged", [3, 17, 9], model.config)
             gate = Gate(model, peers.PEERS[peers.BASELINE].build(model), batch, batch.labels(mode))
             gate.check(peers.Unpadded(model, attend))
+
+    @pytest.mark.parametrize("model_type", ["roberta", "distilbert"])
+    def test_dropout_is_that_of_every_module(self, model_type, tmp_path):
+        """By the names that a family's config has for it, and peers without dropout are told of attention's."""
+        config = tiny_config(model_type)
+        AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+        for mode, p in (("train", 0.0), ("train", 0.3), ("mlm", 0.0)):
+            model = shapes.build_model(str(tmp_path), mode=mode, dropout=p)
+            assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {p}
+            assert shapes.dropout_of(model.config, shapes.ATTENTION_DROPOUT) == p
+            assert shapes.dropout_of(model.config, shapes.HIDDEN_DROPOUT) == p
 
     def test_a_step_leaves_the_parameters_that_peers_share(self, tiny):
         model = shapes.build_model("tiny", mode="train")

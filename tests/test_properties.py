@@ -90,10 +90,13 @@ def test_pack_and_unpack(backend, mask, width, spare, dtype):
     """Bitwise: the rows that plain indexing takes, back at their places, zeros elsewhere; either is the other's gradient."""
     keep = mask.bool() | (torch.arange(mask.shape[1]) == 0)
     tokens = int(keep.sum())
-    indices, cu_seqlens, count, query_only = ops.pack_indices(mask, None if spare is None else tokens + spare, backend=backend)
+    capacity = None if spare is None else tokens + spare
+    indices, cu_seqlens, count, query_only, order = ops.pack_indices(mask, capacity, backend=backend)
     assert indices[:tokens].tolist() == keep.flatten().nonzero().flatten().tolist()
     assert torch.equal(cu_seqlens, segment_bounds(keep.sum(1).tolist())) and count.tolist() == [tokens]
     assert query_only.tolist() == (mask[:, 0] == 0).int().tolist()
+    lengths = keep.sum(1).tolist()
+    assert order.tolist() == sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)) and order.dtype == torch.int32
     x = torch.arange(mask.numel() * width).view(*mask.shape, width).to(DTYPES[dtype]).requires_grad_()
     known = None if spare is None else count
     packed = ops.pack(x, indices, known, backend=backend)

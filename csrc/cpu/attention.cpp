@@ -166,7 +166,8 @@ ROBERTA_FAST_KERNEL(attend, Forward)
 std::tuple<at::Tensor, at::Tensor> attention_fwd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                                  const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, int64_t, int64_t,
                                                  double scale, bool causal, const std::optional<at::Tensor>& query_only,
-                                                 double dropout_p, const std::optional<at::Tensor>& seed, bool) {
+                                                 double dropout_p, const std::optional<at::Tensor>& seed, bool,
+                                                 const std::optional<at::Tensor>&) {
   check_attention(query, key, value);
   const int64_t rows = query.size(0), heads = query.size(1), head_dim = query.size(2);
   const std::vector<Segment> segments = make_segments(cu_seqlens_q, cu_seqlens_k, query_only, rows, key.size(0));
@@ -206,7 +207,7 @@ TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def(
       "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
       "int max_seqlen_k, float scale, bool causal=False, Tensor? query_only=None, float dropout_p=0.0, Tensor? seed=None, "
-      "bool deterministic=False) -> (Tensor, Tensor)",
+      "bool deterministic=False, Tensor? order=None) -> (Tensor, Tensor)",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(attention_fwd)));
 }
 

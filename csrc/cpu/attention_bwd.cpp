@@ -177,7 +177,8 @@ ROBERTA_FAST_KERNEL(differentiate, Backward)
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_bwd(
     const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
     const at::Tensor& lse, const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, int64_t, int64_t, double scale,
-    bool causal, const std::optional<at::Tensor>& query_only, double dropout_p, const std::optional<at::Tensor>& seed, bool) {
+    bool causal, const std::optional<at::Tensor>& query_only, double dropout_p, const std::optional<at::Tensor>& seed, bool,
+    const std::optional<at::Tensor>&) {
   check_attention(query, key, value);
   check_float(dout, "dout", 3);
   check_float(out, "out", 3);
@@ -226,7 +227,7 @@ TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def(
       "attention_bwd(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
       "Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, float scale, bool causal=False, Tensor? query_only=None, "
-      "float dropout_p=0.0, Tensor? seed=None, bool deterministic=False) -> (Tensor, Tensor, Tensor)",
+      "float dropout_p=0.0, Tensor? seed=None, bool deterministic=False, Tensor? order=None) -> (Tensor, Tensor, Tensor)",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(attention_bwd)));
 }
 

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <numeric>
 
 #include "common.h"
 
@@ -27,13 +28,15 @@ void check_place(const int64_t* indices, int64_t i, int64_t places) {
                     " places");
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack_indices(const at::Tensor& mask, std::optional<int64_t> capacity) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack_indices(const at::Tensor& mask,
+                                                                                   std::optional<int64_t> capacity) {
   TORCH_CHECK_VALUE(mask.dim() == 2 && mask.size(1) >= 1, "mask must be [B, S] with S >= 1, got shape ", mask.sizes());
   const int64_t batch = mask.size(0), seqlen = mask.size(1);
   const at::Tensor bytes = mask_bytes(mask);
   const bool* keep = bytes.const_data_ptr<bool>();
   const auto ints = mask.options().dtype(at::kInt);
-  const at::Tensor cu_seqlens = at::zeros({batch + 1}, ints), count = at::empty({1}, ints), query_only = at::empty({batch}, ints);
+  const at::Tensor cu_seqlens = at::zeros({batch + 1}, ints), count = at::empty({1}, ints);
+  const at::Tensor query_only = at::empty({batch}, ints), order = at::empty({batch}, ints);
   int32_t* bounds = cu_seqlens.mutable_data_ptr<int32_t>();
   int32_t* only = query_only.mutable_data_ptr<int32_t>();
   at::parallel_for(0, batch, items_per_task(seqlen), [&](int64_t begin, int64_t end) {
@@ -45,6 +48,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack_indices(const at
       only[b] = !row[0];
     }
   });
+  int32_t* sequences = order.mutable_data_ptr<int32_t>();
+  std::iota(sequences, sequences + batch, 0);
+  std::stable_sort(sequences, sequences + batch, [&](int32_t a, int32_t b) { return bounds[a + 1] > bounds[b + 1]; });
   for (int64_t b = 0; b < batch; ++b) bounds[b + 1] += bounds[b];
   const int64_t real = bounds[batch], n = capacity.value_or(real);
   TORCH_CHECK(real <= n, "mask has more real tokens than capacity=", n);
@@ -60,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack_indices(const at
     }
   });
   std::fill(positions + real, positions + n, batch * seqlen);
-  return {indices, cu_seqlens, count, query_only};
+  return {indices, cu_seqlens, count, query_only, order};
 }
 
 at::Tensor pack(const at::Tensor& x, const at::Tensor& indices, const std::optional<at::Tensor>& count) {
@@ -119,7 +125,7 @@ at::Tensor unpack(const at::Tensor& rows, const at::Tensor& indices, int64_t bat
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
-  m.def("pack_indices(Tensor mask, int? capacity=None) -> (Tensor, Tensor, Tensor, Tensor)",
+  m.def("pack_indices(Tensor mask, int? capacity=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(pack_indices)));
   m.def("pack(Tensor x, Tensor indices, Tensor? count=None) -> Tensor", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(pack)));
   m.def("unpack(Tensor rows, Tensor indices, int batch, int seqlen, Tensor? count=None) -> Tensor",

@@ -33,6 +33,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     deterministic: bool = False,
+    order: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(query @ keyᵀ * scale) @ value within each segment.
@@ -45,6 +46,8 @@ def attention(
     query_only: int32 [B], leading rows of each segment that ask but are not seen, or None for none.
     dropout_p: probability of dropping an attention weight, in [0, 1); seed: int64 [1], needed where it is not 0.
     deterministic: a segment gives bitwise the same, gradients included, from run to run and whatever it is batched with.
+    order: int32 [B], the segments in the order in which a GPU begins them, which changes no result: the longest first, as
+        ``pack_indices`` lists them, keep it from ending on one. None: as they stand.
     Under autocast computes in its dtype. Returns [Nq, H, D], contiguous. Raises ValueError naming the argument that does not fit.
     """
     query, key, value = autocast_to(query, key, value)
@@ -70,17 +73,21 @@ def attention(
         refuse("cu_seqlens_k", tuple(cu_seqlens_k.shape), f"{tuple(cu_seqlens_q.shape)}")
     if dropout_p != 0.0 and seed is None:
         refuse("seed", seed, f"an int64 [1] tensor where dropout_p={dropout_p}")
+    if order is not None and (order.dtype != torch.int32 or order.dim() != 1 or order.shape[0] != cu_seqlens_q.shape[0] - 1):
+        refuse("order", f"{order.dtype} {tuple(order.shape)}", "int32 [B]")
+    if order is not None and order.device != query.device:
+        refuse("order", order.device, f"on query's device {query.device}")
     dropout.threshold(dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:
         refuse("scale", scale, "positive")
     out, _ = _forward(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                      query_only, dropout_p, seed if dropout_p else None, deterministic, backend)  # fmt: skip
+                      query_only, dropout_p, seed if dropout_p else None, deterministic, order, backend)  # fmt: skip
     return out
 
 
 def attention_ref(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=False,
-                  query_only=None, dropout_p=0.0, seed=None, deterministic=False):  # fmt: skip
+                  query_only=None, dropout_p=0.0, seed=None, deterministic=False, order=None):  # fmt: skip
     """Segment by segment in plain PyTorch; returns (out [Nq, H, D], lse [H, Nq] in float32, float64 for float64)."""
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     lse = _statistics_like(query, query.shape[1], query.shape[0]).fill_(-torch.inf)
@@ -93,7 +100,7 @@ def attention_ref(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, m
 
 
 def attention_backward_ref(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                           causal=False, query_only=None, dropout_p=0.0, seed=None, deterministic=False):  # fmt: skip
+                           causal=False, query_only=None, dropout_p=0.0, seed=None, deterministic=False, order=None):  # fmt: skip
     """The formulas above, segment by segment; returns (dquery, dkey, dvalue)."""
     dquery, dkey, dvalue = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value))
     for b, q, k in _segments(cu_seqlens_q, cu_seqlens_k, query_only):
@@ -147,22 +154,22 @@ def _drop(weights, segment, query_only, dropout_p, seed):
 
 
 def _forward_implementation(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                            query_only, dropout_p, seed, deterministic, backend):  # fmt: skip
+                            query_only, dropout_p, seed, deterministic, order, backend):  # fmt: skip
     run = dispatch.choose("attention", facts_of(query, query.shape[-1], deterministic=deterministic), backend).run
     return run(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, query_only,
-               dropout_p, seed, deterministic)  # fmt: skip
+               dropout_p, seed, deterministic, order)  # fmt: skip
 
 
 def _forward_fake(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, query_only,
-                  dropout_p, seed, deterministic, backend):  # fmt: skip
+                  dropout_p, seed, deterministic, order, backend):  # fmt: skip
     return query.new_empty(query.shape), _statistics_like(query, query.shape[1], query.shape[0])
 
 
 def _backward_implementation(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
-                             causal, query_only, dropout_p, seed, deterministic, backend):  # fmt: skip
+                             causal, query_only, dropout_p, seed, deterministic, order, backend):  # fmt: skip
     run = dispatch.choose("attention_backward", facts_of(query, query.shape[-1], deterministic=deterministic), backend).run
     return run(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-               query_only, dropout_p, seed, deterministic)  # fmt: skip
+               query_only, dropout_p, seed, deterministic, order)  # fmt: skip
 
 
 def _backward_fake(dout, query, key, value, *_):
@@ -172,14 +179,14 @@ def _backward_fake(dout, query, key, value, *_):
 _forward = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, float scale, bool causal, Tensor? query_only, float dropout_p, "
-    "Tensor? seed, bool deterministic, str backend) -> (Tensor, Tensor)",
+    "Tensor? seed, bool deterministic, Tensor? order, str backend) -> (Tensor, Tensor)",
     _forward_implementation,
     _forward_fake,
 )
 _backward = define(
     "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
     "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, "
-    "Tensor? query_only, float dropout_p, Tensor? seed, bool deterministic, str backend) "
+    "Tensor? query_only, float dropout_p, Tensor? seed, bool deterministic, Tensor? order, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _backward_implementation,
     _backward_fake,
@@ -188,19 +195,19 @@ _backward = define(
 
 def _setup_context(ctx, inputs, output):
     query, key, value, cu_seqlens_q, cu_seqlens_k, *lengths_scale_causal = inputs[:9]
-    query_only, dropout_p, seed, deterministic, backend = inputs[9:]
+    query_only, dropout_p, seed, deterministic, order, backend = inputs[9:]
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed)
+    ctx.save_for_backward(query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, order)
     ctx.lengths_scale_causal = lengths_scale_causal
     ctx.dropout_p, ctx.deterministic, ctx.backend = dropout_p, deterministic, backend
 
 
 def _autograd_backward(ctx, dout, _dlse):
-    query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed = ctx.saved_tensors
+    query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, order = ctx.saved_tensors
     gradients = _backward(dout.contiguous(), query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths_scale_causal,
-                          query_only, ctx.dropout_p, seed, ctx.deterministic, ctx.backend)  # fmt: skip
-    return *gradients, *[None] * 11
+                          query_only, ctx.dropout_p, seed, ctx.deterministic, order, ctx.backend)  # fmt: skip
+    return *gradients, *[None] * 12
 
 
 register_autograd("attention", _autograd_backward, _setup_context)

@@ -14,14 +14,15 @@ from roberta_fast.ops.registration import define, facts_of, real_rows, refuse, r
 
 def pack_indices(
     mask: torch.Tensor, capacity: int | None = None, *, backend: str = "auto"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where the real tokens of a batch are.
 
     mask: [B, S], any dtype, nonzero at real tokens, S >= 1; holes and left padding are fine.
     capacity: None sizes the result exactly, which on CUDA waits for the device once; a number of rows N avoids that wait
         and fails on the device where more than N are real.
     Returns indices int64 [N], flat positions b * S + s in order, B * S from ``count`` on; cu_seqlens int32 [B + 1];
-    count int32 [1]; query_only int32 [B], 1 where position 0 is padding. Raises ValueError naming a bad argument.
+    count int32 [1]; query_only int32 [B], 1 where position 0 is padding; order int32 [B], the sequences by descending number of
+    rows, equal ones by ascending index. Raises ValueError naming a bad argument.
     """
     if mask.dim() != 2 or mask.shape[1] < 1:
         refuse("mask", f"shape {tuple(mask.shape)}", "[B, S] with S >= 1")
@@ -59,15 +60,16 @@ def pack_indices_ref(mask, capacity=None):
     lengths = keep.sum(1, dtype=torch.int32)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     count = cu_seqlens[-1:].clone()
+    order = torch.argsort(lengths, descending=True, stable=True).to(torch.int32)
     keep = keep.flatten()
     if capacity is None:
-        return keep.nonzero().squeeze(1), cu_seqlens, count, query_only
+        return keep.nonzero().squeeze(1), cu_seqlens, count, query_only, order
     torch._assert_async(count <= capacity, f"mask has more real tokens than capacity={capacity}")
     # A stable sort by "is padding" lists the real positions in order; those behind them are marked as out of the batch.
-    order = torch.argsort(~keep, stable=True)
-    order = torch.nn.functional.pad(order, (0, max(0, capacity - order.shape[0])))[:capacity]
+    positions = torch.argsort(~keep, stable=True)
+    positions = torch.nn.functional.pad(positions, (0, max(0, capacity - positions.shape[0])))[:capacity]
     real = torch.arange(capacity, device=mask.device) < count
-    return torch.where(real, order, batch * seqlen), cu_seqlens, count, query_only
+    return torch.where(real, positions, batch * seqlen), cu_seqlens, count, query_only, order
 
 
 def pack_ref(x, indices, count=None):
@@ -95,7 +97,7 @@ def _indices_fake(mask, capacity, backend):
     n = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     batch = mask.shape[0]
     indices = mask.new_empty(n, dtype=torch.int64)
-    return indices, *(mask.new_empty(size, dtype=torch.int32) for size in (batch + 1, 1, batch))
+    return indices, *(mask.new_empty(size, dtype=torch.int32) for size in (batch + 1, 1, batch, batch))
 
 
 def _pack_implementation(x, indices, count, backend):
@@ -116,7 +118,7 @@ def _unpack_fake(rows, indices, batch, seqlen, count, backend):
 
 
 _indices = define(
-    "pack_indices(Tensor mask, SymInt? capacity, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "pack_indices(Tensor mask, SymInt? capacity, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _indices_implementation,
     _indices_fake,
 )
@@ -154,8 +156,8 @@ register_autograd("unpack", _unpack_backward, _unpack_context)
 
 
 def pack_indices_cuda(mask, capacity):
-    """The CUDA kernel, one launch where Triton takes two; it also orders the sequences by length."""
-    return torch.ops.roberta_fast_cpp.pack_indices_and_order(mask, capacity)[:4]
+    """The CUDA kernel, one launch where Triton takes two."""
+    return torch.ops.roberta_fast_cpp.pack_indices_and_order(mask, capacity)
 
 
 dispatch.register("pack_indices", "cpp", f"{__name__}:pack_indices_cuda", device="cuda", optional=True)

@@ -158,6 +158,41 @@ def test_without_any_label_the_loss_is_nan():
     assert fast(**inputs).loss.isnan()
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["masked", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bool], ids=str)
+def test_labels_of_another_dtype_are_named(dtype, causal):
+    """PyTorch's loss takes int64 alone, and that of floating labels of another shape is another one."""
+    fast, stock, _ = models(causal=causal)
+    inputs = labelled(stock)
+    inputs["labels"] = inputs["labels"].to(dtype)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        stock(**inputs)
+    with pytest.raises(ValueError, match=rf"labels must be int64 \[B, S\], .* at each token, got {dtype} \(4, 17\)"):
+        fast(**inputs)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["masked", "causal"])
+def test_label_smoothing_by_the_trainer(causal, tmp_path):
+    """Trainer keeps the labels from a model whose loss it smooths itself, and finds a causal one by its name."""
+    trio = models(causal=causal)
+    inputs = labelled(trio.stock)
+    data = [{name: t[i % len(t)] for name, t in inputs.items()} for i in range(8)]
+    losses, plain = [], []
+    for model in trio:
+        for smoothing, found in ((0.2, losses), (0.0, plain)):
+            arguments = TrainingArguments(
+                str(tmp_path), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3,
+                logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=0,
+                label_smoothing_factor=smoothing,
+            )  # fmt: skip
+            trainer = Trainer(copy.deepcopy(model), arguments, train_dataset=data)
+            trainer.train()
+            found.append(torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+    fast, stock, exact = losses
+    assert len(fast) == 4 and (fast - exact).abs().max() <= 3 * (stock - exact).abs().max() + 1e-5 * exact.max()
+    assert (fast - plain[0]).abs().min() > 1e-3, "the loss must be a smoothed one"
+
+
 def test_bad_labels_are_named():
     fast = models().fast
     inputs = labelled(fast)

@@ -12,7 +12,7 @@ operator = torch.ops.roberta_fast.attention.default
 
 @dataclass(frozen=True)
 class Case:
-    """Segments of these lengths, and what is done with them. lengths_k None: self-attention."""
+    """Segments of these lengths, and what is done with them. lengths_k None: self-attention. order: of the segments' programs."""
 
     lengths_q: tuple[int, ...]
     lengths_k: tuple[int, ...] | None = None
@@ -22,6 +22,7 @@ class Case:
     query_only: tuple[int, ...] | None = None
     dropout_p: float = 0.0
     deterministic: bool = False
+    order: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
 
     def inputs(self, device="cpu"):
@@ -37,9 +38,10 @@ class Case:
         lengths_k = self.lengths_q if self.lengths_k is None else self.lengths_k
         skip = None if self.query_only is None else torch.tensor(self.query_only, dtype=torch.int32, device=device)
         seed = torch.tensor([20240229], device=device) if self.dropout_p else None
+        order = None if self.order is None else torch.tensor(self.order, dtype=torch.int32, device=device)
         bounds = segment_bounds(self.lengths_q, device), segment_bounds(lengths_k, device)
         longest = max(self.lengths_q, default=0), max(lengths_k, default=0)
-        return *bounds, *longest, self.head_dim**-0.5, self.causal, skip, self.dropout_p, seed, self.deterministic
+        return *bounds, *longest, self.head_dim**-0.5, self.causal, skip, self.dropout_p, seed, self.deterministic, order
 
 
 def gradients(function, inputs, dout):

@@ -83,7 +83,7 @@ def composition(q, k, v, scale, causal, keep, p):
 def test_reference_is_softmax_attention(case):
     """Forward against PyTorch's own kernel (dropout: the written-out product), backward against autograd, in float64."""
     inputs = [t.double() for t in case.inputs()]
-    bounds_q, bounds_k, *_, scale, causal, skip, p, seed, _ = rest = case.rest()
+    bounds_q, bounds_k, _, _, scale, causal, skip, p, seed, _, _ = rest = case.rest()
 
     def by_segment(q, k, v):
         out = []
@@ -140,8 +140,8 @@ def rescaling_missing(case, inputs, dout):
 
 def another_mask_backward(case, inputs, dout):
     out, lse, _ = run(case, inputs, dout, "torch")
-    *rest, seed, deterministic = case.rest()
-    return out, lse, attention_backward_ref(dout, *inputs, out, lse, *rest, seed + 1, deterministic)
+    *rest, seed, deterministic, order = case.rest()
+    return out, lse, attention_backward_ref(dout, *inputs, out, lse, *rest, seed + 1, deterministic, order)
 
 
 def row_sums_missing(case, inputs, dout):
@@ -219,6 +219,42 @@ def test_results_repeat_bitwise(backend):
     assert torch.equal(out, again) and all(map(torch.equal, grads, grads_again))
 
 
+ORDERED = {
+    "ragged": Case((5, 40, 0, 1, 33), heads=2, dropout_p=0.2, query_only=(1, 0, 0, 1, 0)),
+    "short": Case((5, 32, 0, 1, 17), heads=2, dropout_p=0.2, query_only=(1, 0, 0, 1, 0)),
+    "cross": Case((5, 40, 0, 1, 3), (7, 3, 4, 0, 50), heads=2, dropout_p=0.2),
+    "deterministic": Case((5, 40, 0, 1, 33), heads=2, deterministic=True),
+}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_order_changes_no_bit(name, backend):
+    """Not even of dropout's mask, which belongs to the segment and not to its place in the order."""
+    case = ORDERED[name]
+    inputs, dout = case.inputs(backend.device), dout_of(case, backend.device)
+    out, lse, grads = run(case, inputs, dout, backend.name)
+    for order in ((1, 4, 0, 3, 2), (2, 3, 0, 4, 1)):
+        ordered = run(replace(case, order=order), inputs, dout, backend.name)
+        assert torch.equal(ordered[0], out) and torch.equal(ordered[1], lse)
+        assert all(map(torch.equal, ordered[2], grads))
+
+
+@pytest.mark.parametrize("longest", [30, 40])
+def test_kernels_work_on_the_segments_that_the_order_names(longest, triton_device):
+    """One that it leaves out keeps what its memory held, in every result; all others are computed."""
+    case = Case((5, longest, 17), heads=2, order=(1, 0, 1))
+    inputs, dout = case.inputs(triton_device), dout_of(case, triton_device)
+    wanted_out, wanted_lse, wanted_grads = run(replace(case, order=None), inputs, dout, "triton")
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        out, lse, grads = run(case, inputs, dout, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    named = 5 + longest
+    for got, wanted in zip((out, lse.T, *grads), (wanted_out, wanted_lse.T, *wanted_grads), strict=True):
+        assert torch.equal(got[:named], wanted[:named]) and got[named:].isnan().all()
+
+
 def test_dropout_mask_forward_and_backward(backend):
     """With uniform weights and unit values the output is the mask, and the gradient of the values is its transpose."""
     length, p = 32, 0.3
@@ -227,7 +263,7 @@ def test_dropout_mask_forward_and_backward(backend):
     value = torch.eye(length, device=backend.device).repeat(2, 1)[:, None]
     dout = torch.eye(length, device=backend.device).repeat(2, 1)[:, None]
     out, _, (_, _, dvalue) = run(case, (query, key, value), dout, backend.name)
-    seed = case.rest()[-2]
+    seed = case.rest()[-3]
     for segment, rows in enumerate((slice(0, length), slice(length, 2 * length))):
         keep = dropout.keep_mask(seed, p, torch.arange(length), length, 0, segment)
         weights = keep * dropout.scale(p) / length
@@ -263,6 +299,17 @@ def test_opcheck(case, backend):
     torch.library.opcheck(backward, (dout_of(case, backend.device), *saved, *rest, backend.name))
 
 
+def test_what_is_kept(backend):
+    """For the backward pass no scores, weights or mask, but one statistic a row and head."""
+    case = Case((3, 2, 40), heads=2, dropout_p=0.5, order=(2, 0, 1))
+    inputs = [t.requires_grad_() for t in case.inputs(backend.device)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        operator(*inputs, *case.rest(backend.device), backend.name)
+    shapes = [tuple(t.shape) for t in kept if t.is_floating_point()]
+    assert sorted(shapes) == [(2, 45)] + [(45, 2, 32)] * 4
+
+
 HALF, INTEGERS = (torch.zeros(4, 2, 32, dtype=dtype) for dtype in (torch.float16, torch.int64))
 BAD_ARGUMENTS = {
     "query of two dimensions": ({"query": torch.zeros(4, 32)}, r"query must be a packed .* got shape \(4, 32\)"),
@@ -275,6 +322,8 @@ BAD_ARGUMENTS = {
     "unequal bounds": ({"cu_seqlens_k": torch.tensor([0, 2, 4], dtype=torch.int32)}, r"cu_seqlens_k must be \(2,\), got \(3,\)"),
     "negative scale": ({"scale": -1.0}, r"scale must be positive, got -1\.0"),
     "dropout without seed": ({"dropout_p": 0.1}, "seed must be .* got None"),
+    "order of another length": ({"order": torch.zeros(2, dtype=torch.int32)}, r"order must be .* got torch.int32 \(2,\)"),
+    "int64 order": ({"order": torch.tensor([0])}, r"order must be int32 \[B\], got torch.int64 \(1,\)"),
     "dropout of everything": ({"dropout_p": 1.0, "seed": torch.tensor([1])}, r"dropout_p must be in \[0, 1\), got 1\.0"),
     "unknown backend": ({"backend": "cudnn"}, "backend='cudnn' is not one of"),
     "head dim beyond the kernels": (

@@ -1,9 +1,12 @@
 """Attention on a GPU: half precision, every head dimension, long segments, huge tensors, CUDA graphs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import Case, check, dout_of, exactly, operator, run
 
+from roberta_fast.kernels import tuning
 from roberta_fast.ops.attention import attention_backward_ref, attention_ref
 from roberta_fast.testing import segment_bounds
 
@@ -59,7 +62,7 @@ def test_more_than_2_to_the_31_elements():
     local = segment_bounds([length] * 2, "cuda")
     assert query.numel() > 2**31
     for deterministic in (False, True):
-        rest = (length, length, head_dim**-0.5, False, None, 0.0, None, deterministic)
+        rest = (length, length, head_dim**-0.5, False, None, 0.0, None, deterministic, None)
         out, lse = operator(query, key, value, bounds, bounds, *rest, "triton")
         backward = torch.ops.roberta_fast.attention_backward.default
         grads = backward(dout, query, key, value, out, lse, bounds, bounds, *rest, "triton")
@@ -72,14 +75,48 @@ def test_more_than_2_to_the_31_elements():
         del out, lse, grads
 
 
+@pytest.mark.parametrize("change", [{}, {"causal": True}, {"dropout_p": 0.1}], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 128])
+@pytest.mark.parametrize("longest", [32, 64, 128])
+def test_several_heads_a_program(longest, head_dim, change):
+    """So many segments that programs take several heads of each, the longest first."""
+    lengths = tuple(longest - i % 7 if i % 20 == 0 else 1 + i % 9 for i in range(800))
+    order = tuple(sorted(range(800), key=lambda b: -lengths[b]))
+    case = Case(lengths, heads=12, head_dim=head_dim, dtype=torch.bfloat16, order=order, **change)
+    inputs, dout = case.inputs("cuda"), dout_of(case, "cuda")
+    name = "forward_dropout" if case.dropout_p else "forward"
+    for kernel in (name, "backward"):
+        tile = tuning.short_attention_tile(kernel, inputs[0], (longest, longest))
+        assert tile is None or tuning.heads_per_program(tile, inputs[0], len(lengths)) > 1
+    fast = run(case, inputs, dout, "triton")
+    check(case, fast, run(case, inputs, dout, "torch"), exactly(case, inputs, dout))
+    in_order = run(replace(case, order=None), inputs, dout, "triton")
+    assert all(map(torch.equal, (*fast[:2], *fast[2]), (*in_order[:2], *in_order[2])))
+
+
+@pytest.mark.parametrize("lengths", [(30, 5), (64, 33), (128, 77), (300, 5)], ids=str)
+def test_deterministic_bits_alone_and_in_any_batch(lengths):
+    """Whatever the longest segment is, and with it what other kernels would be chosen."""
+    together = Case((*lengths, 700, 64), heads=3, head_dim=64, dtype=torch.bfloat16, deterministic=True, order=(2, 0, 3, 1))
+    inputs, dout = together.inputs("cuda"), dout_of(together, "cuda")
+    out, _, grads = run(together, inputs, dout, "triton")
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        alone = replace(together, lengths_q=(length,), order=None)
+        one_out, _, one_grads = run(alone, [t[rows] for t in inputs], dout[rows], "triton")
+        assert all(torch.equal(whole[rows], one) for whole, one in zip((out, *grads), (one_out, *one_grads), strict=True))
+        begin += length
+
+
 def test_one_graph_serves_every_mix_of_lengths():
-    """Captured once, without a host sync, and replayed on other lengths: the same bits as a fresh launch."""
+    """Captured once, without a host sync, and replayed on other lengths in another order: the same bits as a fresh launch."""
     capacity, heads, head_dim, longest = 512, 2, 64, 200
     query, key, value = torch.randn(capacity, 3, heads, head_dim, device="cuda", dtype=torch.float16).unbind(1)
     dout = torch.randn(capacity, heads, head_dim, device="cuda", dtype=torch.float16)
-    bounds = segment_bounds([128, 128, 0, 0], "cuda")
+    bounds, order = segment_bounds([128, 128, 0, 0], "cuda"), torch.arange(4, dtype=torch.int32, device="cuda")
     backward = torch.ops.roberta_fast.attention_backward.default
-    rest = (longest, longest, head_dim**-0.5, False, None, 0.0, None, False, "triton")
+    rest = (longest, longest, head_dim**-0.5, False, None, 0.0, None, False, order, "triton")
 
     def both(bounds):
         out, lse = operator(query, key, value, bounds, bounds, *rest)
@@ -97,6 +134,7 @@ def test_one_graph_serves_every_mix_of_lengths():
         captured = both(bounds)
     for lengths in ([200, 1, 100, 7], [0, 0, 3, 0], [128, 128, 128, 128]):
         bounds.copy_(segment_bounds(lengths, "cuda"))
+        order.copy_(torch.tensor(lengths).argsort(descending=True, stable=True))
         graph.replay()
         for got, wanted in zip(captured, both(bounds), strict=True):
             assert torch.equal(got[: sum(lengths)], wanted[: sum(lengths)])

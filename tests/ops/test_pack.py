@@ -31,19 +31,20 @@ def dtype_name(dtype):
 
 
 def listed(mask):
-    """(positions, cu_seqlens, count, query_only) by walking over the mask in Python."""
+    """(positions, cu_seqlens, count, query_only, order) by walking over the mask in Python."""
     rows = mask.tolist()
     kept = [[s for s, real in enumerate(row) if real or s == 0] for row in rows]
     positions = [b * mask.shape[1] + s for b, row in enumerate(kept) for s in row]
     bounds = [0]
     for row in kept:
         bounds.append(bounds[-1] + len(row))
-    results = (positions, bounds, [len(positions)], [int(not row[0]) for row in rows])
-    return tuple(torch.tensor(r, dtype=d) for r, d in zip(results, (torch.int64, *[torch.int32] * 3), strict=True))
+    order = sorted(range(len(rows)), key=lambda b: -len(kept[b]))
+    results = (positions, bounds, [len(positions)], [int(not row[0]) for row in rows], order)
+    return tuple(torch.tensor(r, dtype=d) for r, d in zip(results, (torch.int64, *[torch.int32] * 4), strict=True))
 
 
 def check_indices(got, mask, capacity=None):
-    """Holds the four results to the list, with B * S behind the count up to the capacity."""
+    """Holds the five results to the list, with B * S behind the count up to the capacity."""
     indices, *others = (t.cpu() for t in got)
     wanted, *wanted_others = listed(mask)
     if capacity is not None:
@@ -190,25 +191,44 @@ def without_first_position(mask):
     """Drops position 0 where it is padding."""
     positions = (mask.flatten() != 0).nonzero().squeeze(1)
     lengths = mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    _, _, _, query_only = pack_indices_ref(mask)
-    return positions, torch.nn.functional.pad(lengths, (1, 0)), lengths[-1:], query_only
+    *_, query_only, order = pack_indices_ref(mask)
+    return positions, torch.nn.functional.pad(lengths, (1, 0)), lengths[-1:], query_only, order
 
 
 def seen_first_position(mask):
     """Forgets that position 0 is padding."""
-    *others, query_only = pack_indices_ref(mask)
-    return *others, torch.zeros_like(query_only)
+    *others, query_only, order = pack_indices_ref(mask)
+    return *others, torch.zeros_like(query_only), order
 
 
-INDEX_MUTANTS = {"by lengths": by_lengths, "without position 0": without_first_position, "position 0 seen": seen_first_position}
+def shortest_first(mask):
+    *others, order = pack_indices_ref(mask)
+    return *others, order.flip(0)
+
+
+def equal_ones_backwards(mask):
+    """Sequences of equal length by descending index."""
+    *others, _ = pack_indices_ref(mask)
+    *_, order = pack_indices_ref(mask.flip(0))
+    return *others, mask.shape[0] - 1 - order
+
+
+INDEX_MUTANTS = {
+    "by lengths": by_lengths,
+    "without position 0": without_first_position,
+    "position 0 seen": seen_first_position,
+    "shortest first": shortest_first,
+    "equal ones backwards": equal_ones_backwards,
+}
 
 
 @pytest.mark.parametrize("mask", ["holes", "left padding"])
 @pytest.mark.parametrize("name", INDEX_MUTANTS)
 def test_check_catches_mutants_of_the_indices(name, mask):
-    check_indices(pack_indices_ref(MASKS[mask]), MASKS[mask])
+    twice = MASKS[mask].repeat(2, 1)  # so that lengths are equal
+    check_indices(pack_indices_ref(twice), twice)
     with pytest.raises(AssertionError):
-        check_indices(INDEX_MUTANTS[name](MASKS[mask]), MASKS[mask])
+        check_indices(INDEX_MUTANTS[name](twice), twice)
 
 
 ROW_MUTANTS = {
@@ -252,7 +272,7 @@ def test_offsets_beyond_31_bits():
     x[-1, -1] = 7
     mask = torch.zeros(batch, seqlen, device="cuda")
     mask[:, -1] = 1
-    indices, _, count, _ = pack_indices(mask, 8, backend="triton")
+    indices, _, count, *_ = pack_indices(mask, 8, backend="triton")
     packed = pack(x, indices, count, backend="triton")
     assert (packed[7] == 7).all() and not packed[:7].any()
     assert torch.equal(unpack(packed, indices, batch, seqlen, count, backend="triton"), x)
@@ -265,7 +285,7 @@ def test_capacity_needs_no_host():
     x = batch_of(mask, 64, device="cuda").requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        indices, _, count, _ = pack_indices(mask, 21, backend="triton")
+        indices, _, count, *_ = pack_indices(mask, 21, backend="triton")
         rows = pack(x, indices, count, backend="triton")
         unpack(rows, indices, *mask.shape, count, backend="triton").sum().backward()
     finally:
