@@ -103,14 +103,16 @@ def packed_forward(stock: type[nn.Module]) -> Callable:
 
 def encoder_of(base: nn.Module) -> nn.Module:
     """The encoder of a base model; DistilBERT's is called ``transformer``."""
-    return base._modules.get("encoder") or base._modules["transformer"]
+    return base._modules["encoder" if "encoder" in base._modules else "transformer"]
 
 
 def base_objection(base: FastBaseModel) -> str | None:
     """Why this base model always embeds before it packs, or None."""
     parts, encoder = base.embeddings, encoder_of(base)
-    if not hasattr(encoder, "run_layers"):
+    if not hasattr(type(encoder), "run_layers"):  # a wrapper's instance would pass the question on
         return f"the encoder is a {type(encoder).__name__}"
+    if encoder._compiled_call_impl is not None:
+        return "the encoder is compiled by itself"
     reason = encoder.packed_objection()
     if reason:
         return reason

@@ -161,14 +161,11 @@ class Family(NamedTuple):
     prefix: str | None = None
     embeddings: str | None = None
 
-    # The names of what is built on the prefix, of each of ``MODELS``; None where the family has no such class.
-    base = property(lambda self: self._named("{}Model"))
-    classifier = property(lambda self: self._named("{}ForSequenceClassification"))
-    multiple_choice = property(lambda self: self._named("{}ForMultipleChoice"))
-    next_sentence = property(lambda self: self._named("{}ForNextSentencePrediction", ("Bert", "Ernie")))
-
-    def _named(self, name, prefixes=None):
-        return name.format(self.prefix) if self.prefix in (prefixes or (self.prefix,)) and self.prefix else None
+    # Names of those ``MODELS`` that are built on the prefix, or None.
+    base = property(lambda self: self.prefix and f"{self.prefix}Model")
+    classifier = property(lambda self: self.prefix and f"{self.prefix}ForSequenceClassification")
+    multiple_choice = property(lambda self: self.prefix and f"{self.prefix}ForMultipleChoice")
+    next_sentence = property(lambda self: f"{self.prefix}ForNextSentencePrediction" if self.prefix in ("Bert", "Ernie") else None)
 
     def stock_class(self, role: str) -> type[nn.Module]:
         """The stock class for one of ``ROLES``, imported now; also while a replacement stands in its place."""

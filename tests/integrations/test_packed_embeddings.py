@@ -197,6 +197,20 @@ def test_models_that_embed_as_before(name):
     assert list(report.whole_calls.values()) == [1]
 
 
+@pytest.mark.parametrize("in_place", [True, False], ids=["encoder.compile()", "torch.compile(encoder)"])
+def test_an_encoder_compiled_by_itself_is_called(in_place):
+    model, graphs = accelerate_model(base_model()), []
+    inputs, settings = random_inputs(RIGHT, model.config), {"backend": lambda graph, _: graphs.append(graph) or graph}
+    expected = model(**inputs).last_hidden_state
+    if in_place:
+        model.encoder.compile(**settings)
+    else:
+        model.encoder = torch.compile(model.encoder, **settings)
+    assert torch.allclose(model(**inputs).last_hidden_state, expected, atol=1e-5)
+    reason = "the encoder is compiled by itself" if in_place else "the encoder is a OptimizedModule"
+    assert graphs and model.whole_calls == {reason: 1}
+
+
 def test_electras_projection():
     stock = base_model("electra", embedding_size=24)
     fast, inputs = accelerate_model(copy.deepcopy(stock)), random_inputs(RIGHT, stock.config)

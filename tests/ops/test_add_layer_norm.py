@@ -316,6 +316,25 @@ def test_dropout_follows_seed_and_row(backend):
     assert not torch.equal(results(SEED), results(SEED + (1 << 40)))
 
 
+@pytest.mark.parametrize("backend_name", ["backend's own", "torch"])
+def test_rows_taken_from_others_drop_as_among_them(backend, backend_name):
+    """Forward and backward; without their numbers they would drop otherwise."""
+    case = Case(33, 45, dropout_p=0.3)
+    inputs, dy = case.inputs(backend.device)
+    name, device = backend.name if backend_name != "torch" else "torch", backend.device
+    taken = torch.tensor([0, 31, 7, 8, 30], device=device)
+    seed = seed_of(case, device)
+
+    def results(rows, numbers):
+        x, residual = (t[rows].clone().requires_grad_() for t in inputs[:2])
+        y = add_layer_norm(x, residual, *inputs[2:], case.eps, dropout_p=0.3, seed=seed, dropout_rows=numbers, backend=name)
+        return y.detach(), *torch.autograd.grad(y, (x, residual), dy[rows])
+
+    among_others = [t[taken] for t in results(slice(None), None)]
+    assert all(map(torch.equal, results(taken, taken), among_others))
+    assert not torch.equal(results(taken, None)[0], among_others[0])
+
+
 def test_gradients_repeat_bitwise(backend):
     case = Case(203, 64, dropout_p=0.3)
     inputs, dy = case.inputs(backend.device)
@@ -365,6 +384,7 @@ BAD_ARGUMENTS = {
     "bias of another length": ({"bias": ROWS[0, 1:]}, r"bias must be \[C\] with C=3, got shape \(2,\)"),
     "dropout without seed": ({"dropout_p": 0.1}, "seed must be .* dropout_p=0.1, got None"),
     "dropout of everything": ({"dropout_p": 1.0, "seed": torch.tensor([1])}, r"dropout_p must be in \[0, 1\), got 1\.0"),
+    "row numbers for other rows": ({"dropout_rows": torch.arange(3)}, r"dropout_rows must be int64 \[N\] with N=4, got .*\(3,\)"),
     "count of int64": ({"count": torch.tensor([4])}, r"count must be int32 \[1\], got torch.int64 \(1,\)"),
     "unknown backend": ({"backend": "cudnn"}, "backend='cudnn' is not one of"),
 }
