@@ -16,7 +16,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEncoder as Stock
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from roberta_fast import heads, int8, padding_mask, prepacked
+from roberta_fast import graphs, heads, int8, padding_mask, prepacked
 from roberta_fast.decoding import DecoderCall
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
@@ -38,7 +38,7 @@ from roberta_fast.packing import PackedBatch
 from roberta_fast.reporting import Reporting
 
 
-class FastEncoder(Reporting):
+class FastEncoder(graphs.GraphHolder, Reporting):
     """Mixin before a stock encoder class: packs, runs the layers, unpacks."""
 
     fast_options = FastOptions()
@@ -99,6 +99,9 @@ class FastEncoder(Reporting):
         _check_mask("attention_mask", mask, "hidden_states", hidden_states, call.past)
         if flattened is not None and mask is not None:
             raise ValueError(f"attention_mask must be None where cu_seq_lens_q divides the row, got {tuple(mask.shape)}")
+        replayed = None if decodes or flattened is not None else graphs.replayed(self, hidden_states, mask, collected)
+        if replayed is not None:
+            return self.family.output(last_hidden_state=replayed)
         batch = (
             PackedBatch.of(hidden_states, None if call.past else mask, self.fast_options)
             if flattened is None
@@ -258,7 +261,7 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
     if not isinstance(options, FastOptions):
         raise ValueError(f"options must be FastOptions or None, got {options!r}")
     encoder.fast_options = options
-    encoder.stock_calls, encoder.fp32_calls = {}, {}
+    encoder.stock_calls, encoder.fp32_calls, encoder.graphs = {}, {}, graphs.GraphSet()
     set_deterministic(encoder, options.deterministic)
     for layer, layer_class in zip(map(unwrapped, encoder.layer), layer_classes(encoder), strict=True):
         if not isinstance(layer, FastLayer):
@@ -291,7 +294,7 @@ def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
         for name in ("forward_before", "int8"):
             layer.__dict__.pop(name, None)
     stock = encoder.stock
-    for name in ("fast_options", "stock_calls", "fp32_calls", "family", "stock"):
+    for name in ("fast_options", "stock_calls", "fp32_calls", "graphs", "family", "stock"):
         encoder.__dict__.pop(name, None)
     encoder.__class__ = stock
 

@@ -20,6 +20,7 @@ from roberta_fast.ops.feed_forward import is_fused
 from roberta_fast.ops.linear import prepack_objection
 from roberta_fast.ops.registration import facts_of
 from roberta_fast.prepacked import is_packed
+from roberta_fast.recorders import RECORDERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Explanation:
     backends: ``{operation: (forward backend, backward backend)}``. fallbacks: reasons known beforehand, empty where everything
     runs on the fastest backend that there is. stock_calls: ``{reason: calls}`` that took the stock path so far. precision: which
     of the layers multiply in 8 bits. fp32_calls: ``{reason: calls}`` that should have done so and did not. prepack: how many
-    weights lie in MKL's layout by now, None where that was not asked for.
+    weights lie in MKL's layout by now, None where that was not asked for. cuda_graphs: how many were recorded and replayed, None
+    where none can be. eager_calls: ``{reason: calls}`` in inference that ran without.
     """
 
     encoders: int
@@ -42,17 +44,21 @@ class Explanation:
     precision: str = "as the model"
     fp32_calls: dict[str, int] = dataclasses.field(default_factory=dict)
     prepack: str | None = None
+    cuda_graphs: str | None = None
+    eager_calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.backends)
         lines = [f"{self.encoders} fast encoder(s), {self.layers} layers, {self.dtype} on {self.device}"]
         lines += [f"  precision: {self.precision}"] if self.precision != "as the model" else []
         lines += [f"  prepack: {self.prepack}"] if self.prepack else []
+        lines += [f"  CUDA graphs: {self.cuda_graphs}"] if self.cuda_graphs else []
         lines += [f"  {'operation':<{width}}  {'forward':<8} backward"]
         lines += [f"  {name:<{width}}  {forward:<8} {backward}" for name, (forward, backward) in self.backends.items()]
         lines += [f"  fallback: {reason}" for reason in self.fallbacks] or ["  no fallback"]
         lines += [f"  stock path, {calls} call(s): {reason}" for reason, calls in self.stock_calls.items()]
         lines += [f"  in fp32, {calls} call(s): {reason}" for reason, calls in self.fp32_calls.items()]
+        lines += [f"  without a CUDA graph, {calls} call(s): {reason}" for reason, calls in self.eager_calls.items()]
         return "\n".join(lines)
 
 
@@ -106,11 +112,12 @@ def explain(model: nn.Module) -> Explanation:
         modules = [m for layer in layers for m in linears(layer_parts(layer)).values() if is_plain(m, nn.Linear)]
         prepack = f"{sum(is_packed(m.weight) for m in modules)} of {len(modules)} weights by now"
         reasons.update(f"no weight is prepacked: {reason}" for reason in filter(None, [prepack_objection(weight)]))
-    stock_calls, fp32_calls = Counter(), Counter()
+    stock_calls, fp32_calls, eager_calls = Counter(), Counter(), Counter()
     for module in (*encoders, *language_models):
         stock_calls.update(module.stock_calls)
     for encoder in encoders:
         fp32_calls.update(encoder.fp32_calls)
+        eager_calls.update(encoder.graphs.declined)
     fallbacks = tuple(reason + (f" ({n} times)" if n > 1 else "") for reason, n in reasons.items())
     return Explanation(
         encoders=len(encoders),
@@ -123,6 +130,8 @@ def explain(model: nn.Module) -> Explanation:
         precision=precision,
         fp32_calls=dict(fp32_calls),
         prepack=prepack,
+        cuda_graphs=_cuda_graphs(encoders, facts.device),
+        eager_calls=dict(eager_calls),
     )
 
 
@@ -134,6 +143,15 @@ _OPERATIONS = {
     "linear_gelu": ("linear_gelu", "linear_gelu_backward"),
     "unpack": ("unpack", "pack"),
 }
+
+
+def _cuda_graphs(encoders, device):
+    """How many graphs the encoders have, and how often those and earlier ones were replayed."""
+    if device not in RECORDERS or not encoders[0].fast_options.cuda_graphs:
+        return None
+    sets = [encoder.graphs for encoder in encoders]
+    kept, captures, replays = sum(map(len, sets)), sum(s.captures for s in sets), sum(s.replays for s in sets)
+    return f"{kept} kept of {captures} recorded, {replays} replays"
 
 
 def _precision(layers, asked):
