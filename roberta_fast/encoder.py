@@ -174,7 +174,7 @@ def _config_of(encoder):
 
 def _for_all(mask, hidden_states):
     """A mask [1, S] for all sequences of hidden_states; any other as it is."""
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == 1:
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == 1 != hidden_states.shape[0]:
         return mask.expand(hidden_states.shape[0], -1)
     return mask
 

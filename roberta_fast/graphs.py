@@ -35,6 +35,7 @@ MOST_GRAPHS = 64
 # A recording takes as long as some ten eager calls. Where more capacities are in use than graphs may be kept, each new one would
 # push out one that is needed again soon; so a graph stays while it served one of so many last calls.
 PATIENCE = 1024
+MOST_FAILURES = 3  # of captures, each of which may cost memory; what made one fail mostly makes all of them fail
 SHORTEST = 32  # of the lengths that capacities are rounded up to
 NORMS = ("attention_norm", "output_norm")
 CAPTURE_FAILED = "the capture failed"
@@ -126,6 +127,8 @@ class GraphSet:
         """Makes room for one more graph, or returns why there is none."""
         if encoder.fast_options.cuda_graphs == "auto" and math.prod(capacity) > AUTO_ROWS:
             return f"a capacity above {AUTO_ROWS} rows"
+        if len(self._failed) == MOST_FAILURES:
+            return next(reversed(self._failed.values()))
         if len(self._graphs) >= MOST_GRAPHS:
             oldest, graph = next(iter(self._graphs.items()))
             if self._calls - graph.used <= PATIENCE:
@@ -206,9 +209,8 @@ class _Snapshot:
         yield list(map(type, self._modules))
         parameters = self._parameters.values()
         yield list(map(type, parameters))
-        parameters = list(itertools.compress(parameters, self._present))
-        yield list(map(torch.Tensor.data_ptr, parameters))
-        yield list(map(operator.attrgetter("dtype"), parameters))
+        # One that changes its dtype moves as well: its old and its new memory exist beside each other for a moment.
+        yield list(map(torch.Tensor.data_ptr, itertools.compress(parameters, self._present)))
         yield list(map(operator.attrgetter("scaling"), self._attentions))
         yield list(map(operator.attrgetter("eps"), self._norms))
 

@@ -24,7 +24,11 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records by ``torch.cuda.CUDAGraph``; all of a device's graphs share one memory pool, as they never run at once."""
+    """Records by ``torch.cuda.CUDAGraph``; all of its graphs share one memory pool, as they never run at once.
+
+    Other threads may go on while one records, but for waiting on the whole device, as by ``torch.cuda.synchronize``: there CUDA
+    raises as long as a capture is under way.
+    """
 
     _one_at_a_time = threading.Lock()  # of all captures of the process, as torch demands
 

@@ -484,6 +484,18 @@ class TestFailedCapture:
         states(model, ragged_mask([40]))
         assert graphs_of(model).captures == 1, "another capacity is"
 
+    def test_gives_up_where_all_fail(self, recorder):
+        recorder.error = RuntimeError("no")
+        model = fast_model(on_unsupported="ignore")
+        for rows in (1, 2, 3):
+            states(model, ragged_mask([9] * rows))
+        recorder.error = None
+        assert_as_eager(model, ragged_mask([9] * 4))
+        assert graphs_of(model).captures == 0 and explain(model).eager_calls == {"the capture failed: RuntimeError: no": 4}
+        drop_a_bias(model)
+        assert_as_eager(model, ragged_mask([9] * 4))
+        assert graphs_of(model).captures == 1
+
     def test_silence_and_errors_as_asked(self, recorder):
         recorder.error = RuntimeError("operation not permitted when stream is capturing")
         mask = MASKS["right padding"]
