@@ -144,8 +144,19 @@ class Waited(Exception):
 class NoWait(TorchFunctionMode):
     """Refuses what, on CUDA tensors, makes the host wait for the device."""
 
-    WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"}
-    WAITS |= {"nonzero", "masked_select", "unique", "unique_consecutive"}
+    WAITS = (
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "masked_select",
+        "unique",
+    )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
