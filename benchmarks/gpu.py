@@ -30,6 +30,7 @@ KINDS = {
     "inference": ("eval", "generate", "autotune"),
     "training": ("train", "mlm", "train-no-dropout", "mlm-no-dropout", "seq2seq"),
 }
+HOST = ("latency", "fill", "parts")  # of inference: what launches, the host, and gaps between kernels cost
 PARTS = ("check", *KINDS)
 OPERATIONS = ("linear", "attention", "add_layer_norm", "linear_gelu", "feed_forward", "cross_entropy", "pack")
 ANY = "any"
@@ -195,6 +196,8 @@ def all_stages(settings: Settings) -> dict[str, Stage]:
     stages |= {name: Stage(measured("operation", name), 240, (name,)) for name in OPERATIONS}
     models = ["tiny"] if settings.tiny else ["roberta-base"] if settings.quick else ["roberta-base", "minilm", "roberta-large"]
     for model in models:
+        for kind in HOST:
+            stages[f"{model}-{kind}"] = Stage(measured(kind, model), 240, (ANY,), part="inference")
         for part, kinds in KINDS.items():
             for kind in kinds:
                 if kind in ("eval", "train", "mlm") or not (settings.quick or (settings.tiny and kind == "autotune")):
