@@ -196,13 +196,13 @@ def all_stages(settings: Settings) -> dict[str, Stage]:
     stages |= {name: Stage(measured("operation", name), 240, (name,)) for name in OPERATIONS}
     models = ["tiny"] if settings.tiny else ["roberta-base"] if settings.quick else ["roberta-base", "minilm", "roberta-large"]
     for model in models:
-        for kind in HOST:
-            stages[f"{model}-{kind}"] = Stage(measured(kind, model), 240, (ANY,), part="inference")
         for part, kinds in KINDS.items():
             for kind in kinds:
                 if kind in ("eval", "train", "mlm") or not (settings.quick or (settings.tiny and kind == "autotune")):
                     limit = 560 if kind == "autotune" else 400
                     stages[f"{model}-{kind}"] = Stage(measured("encoder", model, kind), limit, (ANY,), part=part)
+                if kind == "eval":
+                    stages |= {f"{model}-{name}": Stage(measured(name, model), 400, (ANY,), part=part) for name in HOST}
     stages["loss_curve"] = Stage(measured("loss_curve"), 400, (ANY,), part="training")
     stages["merge"] = Stage(merge, 60)
     return {name: replace(stage, name=name) for name, stage in stages.items()}

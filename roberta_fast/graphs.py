@@ -309,6 +309,8 @@ def _decline(encoder, reason):
 
 def _call_objection(encoder, hidden_states, mask, collected):
     """Why a graph cannot stand for this call, or None."""
+    if getattr(encoder, "_is_replica", False):  # which has the graphs of the one that it was made from, and other parameters
+        return "a replica of DataParallel"
     if collected:
         return "hidden states are requested"
     if torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in encoder.parameters())):
@@ -324,8 +326,6 @@ def _encoder_objection(encoder, device):
     """Why no graph can stand for this encoder now, or None. A replay passes over Python code, so only our own may be in it."""
     if encoder.fast_options.precision is not None:
         return f"precision={encoder.fast_options.precision!r}"
-    if getattr(encoder, "_is_replica", False):
-        return "a replica of DataParallel"
     for layer in encoder.layer:
         if not isinstance(layer, FastLayer):
             return f"a {type(layer).__name__} around a layer"

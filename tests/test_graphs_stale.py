@@ -211,6 +211,16 @@ class TestDeclined:
         states(model, mask)
         assert graphs_of(model).captures == 1 and graphs_of(model).replays == 2
 
+    def test_replicas_leave_the_graphs_alone(self):
+        """As ``nn.DataParallel`` makes them for a call: copies that share all attributes but the parameters."""
+        model, mask = fast_model(), MASKS["right padding"]
+        states(model, mask)
+        replica = model.encoder._replicate_for_data_parallel()
+        with torch.no_grad():
+            replica(torch.randn(*mask.shape, 64), mask)
+        assert replica.graphs is graphs_of(model) and len(graphs_of(model)) == graphs_of(model).captures == 1
+        assert explain(model).eager_calls == {"a replica of DataParallel": 1}
+
     def test_compiled_models_do_without(self):
         model, mask = fast_model(), MASKS["right padding"]
         wanted = states(fast_model(cuda_graphs=False), mask)
