@@ -125,8 +125,9 @@ class GraphSet:
 
     def _room_for(self, capacity, encoder):
         """Makes room for one more graph, or returns why there is none."""
-        if encoder.fast_options.cuda_graphs == "auto" and math.prod(capacity) > AUTO_ROWS:
-            return f"a capacity above {AUTO_ROWS} rows"
+        reason = _size_objection(encoder, capacity)
+        if reason:
+            return reason
         if len(self._failed) == MOST_FAILURES:
             return next(reversed(self._failed.values()))
         if len(self._graphs) >= MOST_GRAPHS:
@@ -307,6 +308,12 @@ def _decline(encoder, reason):
     declined[reason] = declined.get(reason, 0) + 1
 
 
+def _size_objection(encoder, shape):
+    """Why a batch or a capacity of ``shape`` [B, S] is too large, or None."""
+    is_bound = encoder.fast_options.cuda_graphs == "auto"
+    return f"a capacity above {AUTO_ROWS} rows" if is_bound and math.prod(shape) > AUTO_ROWS else None
+
+
 def _call_objection(encoder, hidden_states, mask, collected):
     """Why a graph cannot stand for this call, or None."""
     if getattr(encoder, "_is_replica", False):  # which has the graphs of the one that it was made from, and other parameters
@@ -319,7 +326,7 @@ def _call_objection(encoder, hidden_states, mask, collected):
         return "a tensor of another class than torch's"
     if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing() or nn.modules.module._has_any_global_hook():
         return "a mode of torch, or a hook on all modules, that would not see its operations"
-    return None
+    return _size_objection(encoder, hidden_states.shape[:2])
 
 
 def _encoder_objection(encoder, device):
