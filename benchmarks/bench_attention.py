@@ -28,6 +28,10 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
 
 def cases(device: str, sizes: shapes.OperationSizes):
@@ -82,6 +86,8 @@ def _contenders(device, lengths, d, p):
         contenders[f"torch sdpa {backend.name.split('_')[0].lower()}"] = _padded_sdpa(device, lengths, p, backend)
     if varlen_attn is not None and not p:  # it has no dropout
         contenders["torch varlen_attn"] = _varlen(device, lengths)
+    if flash_attn_varlen_func is not None:
+        contenders["flash-attn"] = _flash_attn(device, lengths, p)
     return contenders
 
 
@@ -99,6 +105,15 @@ def _ours(device, lengths, p, backend):
 def _varlen(device, lengths):
     bounds, longest = segment_bounds(lengths, device), max(lengths)
     return Contender(lambda query, key, value: varlen_attn(query, key, value, bounds, bounds, longest, longest))
+
+
+def _flash_attn(device, lengths, p):
+    bounds, longest = segment_bounds(lengths, device), max(lengths)
+
+    def run(query, key, value):
+        return flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, dropout_p=p)
+
+    return Contender(run, checked=not p)
 
 
 def _padded_sdpa(device, lengths, p, backend):

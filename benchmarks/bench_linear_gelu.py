@@ -23,6 +23,10 @@ def _case(device, size, rows, n, k, direction):
     def ours(backend):
         return Contender(lambda *inputs: ops.linear_gelu(*inputs, backend=backend))
 
+    def tanh_form(backend):  # another function, whose epilogue is what other libraries fuse
+        return Contender(lambda *inputs: ops.linear_gelu(*inputs, approximate="tanh", backend=backend), checked=False)
+
+    backends = kernels_for("linear_gelu", facts(device))
     return Case(
         operation="linear_gelu",
         size=size,
@@ -32,8 +36,10 @@ def _case(device, size, rows, n, k, direction):
         unit="TFLOP/s",
         inputs=lambda: gemm_inputs(device, rows, n, k),
         contenders={
-            **{f"roberta_fast {backend}": ours(backend) for backend in kernels_for("linear_gelu", facts(device))},
+            **{f"roberta_fast {backend}": ours(backend) for backend in backends},
+            **{f"roberta_fast {backend}, tanh form": tanh_form(backend) for backend in backends},
             "torch": Contender(lambda *inputs: gelu(linear(*inputs))),
+            "torch, no GELU": Contender(linear, checked=False),
         },
         reference=lambda *inputs: linear_gelu_ref(*inputs)[0],
     )

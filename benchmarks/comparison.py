@@ -129,7 +129,7 @@ class Comparison:
         timings = measure.alternate(
             steps,
             self._repeats(batch),
-            measure.clock_for(self.device),
+            self._clock(),
             warm_up_seconds=0.2,
             pause_seconds=measure.SPIN_SECONDS if self.device == "cpu" else 0.0,
             progress=lambda name: progress(f"time {name}, {batch.name}"),
@@ -155,6 +155,9 @@ class Comparison:
                 **self._kernels(steps[name], batch),
             }
             progress(f"memory of {name}, {batch.name}")
+
+    def _clock(self):
+        return measure.clock_for(self.device)
 
     def _peak(self, name, function, step):
         if PEERS[name].compiled:

@@ -30,6 +30,7 @@ KINDS = {
     "inference": ("eval", "generate", "autotune"),
     "training": ("train", "mlm", "train-no-dropout", "mlm-no-dropout", "seq2seq"),
 }
+HOST = ("latency", "fill", "parts")  # of inference: what launches, the host, and gaps between kernels cost
 PARTS = ("check", *KINDS)
 OPERATIONS = ("linear", "attention", "add_layer_norm", "linear_gelu", "feed_forward", "fp8_linear", "cross_entropy", "embedding")
 OPERATIONS += ("pack",)
@@ -201,6 +202,8 @@ def all_stages(settings: Settings) -> dict[str, Stage]:
                 if kind in ("eval", "train", "mlm") or not (settings.quick or (settings.tiny and kind == "autotune")):
                     limit = 560 if kind == "autotune" else 400
                     stages[f"{model}-{kind}"] = Stage(measured("encoder", model, kind), limit, (ANY,), part=part)
+                if kind == "eval":
+                    stages |= {f"{model}-{name}": Stage(measured(name, model), 400, (ANY,), part=part) for name in HOST}
     stages["loss_curve"] = Stage(measured("loss_curve"), 400, (ANY,), part="training")
     stages["merge"] = Stage(merge, 60)
     return {name: replace(stage, name=name) for name, stage in stages.items()}

@@ -13,17 +13,17 @@ from roberta_fast.benchmarks import measure, operations, report, shapes
 LIMITS_GEMM = 8192
 UNPADDED = "huggingface-sdpa,torch-varlen,flash-attn,roberta_fast"
 ALL = f"{UNPADDED},huggingface-eager,huggingface-compile"
+COMPILED = "huggingface-compile-max-autotune,huggingface-compile-reduce-overhead"
 DECODER = ["--peers", ALL, "--batch-size", "64", "--longest", "128", "--dense", "64x128"]
 ENCODER_ARGUMENTS = {
-    "eval": ["--peers", ALL],
+    "eval": ["--peers", f"{ALL},roberta_fast-deterministic"],
     "train": ["--peers", ALL],
     "mlm": ["--peers", ALL],
     "train-no-dropout": ["--peers", UNPADDED, "--dropout", "0"],
     "mlm-no-dropout": ["--peers", UNPADDED, "--dropout", "0"],
     "seq2seq": DECODER,
     "generate": DECODER,
-    "autotune": ["--peers", "huggingface-sdpa,huggingface-compile-max-autotune,roberta_fast", "--title", "max-autotune"]
-    + ["--dense", "256x128"],
+    "autotune": ["--peers", f"huggingface-sdpa,{COMPILED},roberta_fast", "--title", "max-autotune"] + ["--dense", "256x128"],
 }
 # The model one precision up, which the gate compares with, has to fit beside its activations.
 TRAINING_BATCHES = {
@@ -79,6 +79,46 @@ def encode(args) -> None:
     sys.exit(encoder.run([*batches, *ENCODER_ARGUMENTS[args.kind], *common, *tiny]))
 
 
+def single_texts(args) -> None:
+    """The latency of one text."""
+    from roberta_fast.benchmarks import latency
+
+    tiny = args.sizes == "tiny"
+    peers = {"peers": latency.FILL_PEERS} if tiny else {}
+    save(args, [latency.latency(args.name, model_of(args), 2 if tiny else 500, commit=args.commit, **peers).run()])
+
+
+def fill(args) -> None:
+    """Time against what of a batch is real, for batches of several sizes."""
+    from roberta_fast.benchmarks import latency
+
+    model, runs = model_of(args), []
+    for size in latency.CAPACITIES.get(args.sizes, latency.CAPACITIES["cuda"]):
+        runs.append(latency.fill(args.name, model, size, 2 if args.sizes == "tiny" else 20, commit=args.commit).run())
+        save(args, runs)
+
+
+def kernels(args) -> None:
+    """What an encoder runs, one by one, and the whole."""
+    from roberta_fast.benchmarks import parts
+
+    model, runs = model_of(args), []
+    for size in parts.SIZES.get(args.sizes, parts.SIZES["cuda"]):
+        runs.append(parts.run(args.name, model, size, 2 if args.sizes == "tiny" else 30, args.commit))
+        save(args, runs)
+
+
+def model_of(args) -> torch.nn.Module:
+    """The stock model for inference, where and in what it is measured."""
+    return shapes.build_model(args.name).to(args.device, operations.DTYPES[args.device])
+
+
+def save(args, runs) -> None:
+    """Writes what was measured by now, and prints the last of it."""
+    args.out.write_text(json.dumps({"runs": runs}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(report.section(runs[-1]), end="\n\n")
+
+
 def loss_curve(args) -> None:
     """200 steps on real text, in every precision that the device has."""
     from roberta_fast.benchmarks import loss_curve
@@ -103,6 +143,9 @@ def main() -> None:
         ("limits", limits, ()),
         ("operation", operation, ("name",)),
         ("encoder", encode, ("name", "kind")),
+        ("latency", single_texts, ("name",)),
+        ("fill", fill, ("name",)),
+        ("parts", kernels, ("name",)),
         ("loss_curve", loss_curve, ()),
     ):
         stage = stages.add_parser(name)

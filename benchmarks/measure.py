@@ -56,13 +56,23 @@ class Timing:
 
     def facts(self) -> dict:
         """What a result records of it."""
-        return {"median": self.median, "p20": self.percentile(20), "p80": self.percentile(80), "repeats": len(self.seconds)}
+        facts = {"median": self.median, "p20": self.percentile(20), "p80": self.percentile(80), "repeats": len(self.seconds)}
+        return facts | ({"p99": self.percentile(99)} if len(self.seconds) >= 100 else {})
 
 
 def host_clock(function: Callable[[], object]) -> float:
     """Seconds that one call takes on the CPU."""
     start = time.perf_counter()
     function()
+    return time.perf_counter() - start
+
+
+def waiting_clock(function: Callable[[], object]) -> float:
+    """Seconds from one call to its end on the GPU, as the host sees it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 import roberta_fast
+from roberta_fast.accelerate import fast_encoders
 from roberta_fast.benchmarks import shapes
 from roberta_fast.benchmarks.exported_peers import CTranslate2, OnnxRuntime, OpenVino, SentenceTransformers
 from roberta_fast.families import layer_parts
@@ -96,7 +97,9 @@ def _compiled(model: nn.Module, mode: str) -> Callable:
 
 
 def _ours(model: nn.Module, **options) -> Callable:
-    return roberta_fast.accelerate_model(stock_clone(model), on_unsupported="error", **options)
+    accelerated = roberta_fast.accelerate_model(stock_clone(model), on_unsupported="error", **options)
+    accelerated.release = lambda: [encoder.graphs.clear() for encoder in fast_encoders(accelerated)]
+    return accelerated
 
 
 def _varlen(model: nn.Module) -> Callable:
@@ -186,6 +189,10 @@ PEERS = {
     ),
     "roberta_fast-torch": Peer(functools.partial(_ours, backend="torch"), default=False),
     OURS: Peer(_ours),
+    f"{OURS}-eager": Peer(functools.partial(_ours, cuda_graphs=False), default=False),
+    f"{OURS}-device": Peer(functools.partial(_ours, cuda_graphs=False, unpad="device"), default=False),
+    f"{OURS}-graphs": Peer(functools.partial(_ours, cuda_graphs=True), devices=("cuda",), modes=("eval",), default=False),
+    f"{OURS}-deterministic": Peer(functools.partial(_ours, deterministic=True), default=False),
     f"{OURS}-prepack": _RUNTIME(functools.partial(_ours, prepack=True)),
     f"{OURS}-int8": _RUNTIME(functools.partial(_ours, precision="int8"), precision="int8"),
 }

@@ -2,8 +2,8 @@
 
 A plot carries a digest of the numbers that it shows, so that drift is seen without drawing.
 
-``figures`` says which plots there are: by device type, ``peers`` of its encoder tables, ``scaling`` of what time follows, and
-``losses`` of training.
+``figures`` says which plots there are: by device type, ``peers`` of its encoder tables, ``scaling`` of what time follows,
+``fill`` of the same in batches of fixed size, and ``losses`` of training.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def figures(runs: list[dict]) -> dict[str, list[dict]]:
     """{file name: the runs that it shows}."""
     found = {}
     for run in runs:
-        plot = {"encoder": "peers", "scaling": "scaling", "loss_curve": "losses"}.get(run["kind"])
+        plot = {"encoder": "peers", "scaling": "scaling", "fill": "fill", "loss_curve": "losses"}.get(run["kind"])
         if plot:
             found.setdefault(f"{run['environment']['device']}-{plot}.png", []).append(run)
     return dict(sorted(found.items()))
@@ -147,11 +147,24 @@ def _peers(runs):
 
 
 def _scaling(runs):
-    """A row of panels for each run, one a curve, and a line a peer."""
-    from matplotlib.ticker import NullFormatter
-
+    """A row of panels for each run, one a curve."""
     figure, panels = _figure(len(runs), len(AXES), 12.5, 4.1 * len(runs))
-    places = [(run, curve) for run in runs for curve in AXES]
+    return _curves(figure, panels, [(run, curve) for run in runs for curve in AXES])
+
+
+def _fill(runs):
+    """A panel for each run, in which a line is a peer, at most three beside each other."""
+    columns = min(3, len(runs))
+    figure, panels = _figure(-(-len(runs) // columns), columns, 1 + 4.5 * columns, 4.1 * -(-len(runs) // columns))
+    for panel in panels[len(runs) :]:
+        panel.remove()
+    for panel, run in zip(panels, runs, strict=False):
+        panel.set_title(run["model"], fontsize=11)
+    return _curves(figure, panels[: len(runs)], [(run, "tokens") for run in runs])
+
+
+def _curves(figure, panels, places):
+    """Draws the curves of (run, name of a curve) into the panels, a line a peer."""
     for panel, (run, curve) in zip(panels, places, strict=True):
         points = run["curves"][curve]
         label, value = AXES[curve]
@@ -160,26 +173,32 @@ def _scaling(runs):
             x = [value(run["batches"][point]) for point in points]
             times = {key: [rows[p]["seconds"][key] * 1e3 for p in points] for key in ("median", "p20", "p80")}
             style = {"color": _colour(peer), "lw": 2.6 if _is_ours(peer) else 1.4, "zorder": 3 if _is_ours(peer) else 2}
-            dashes = "--" if peer.endswith("-int8") else "-"
-            panel.plot(x, times["median"], dashes, marker="o", ms=4, label=peer, **style)
+            panel.plot(x, times["median"], _dashes(peer), marker="o", ms=4, label=peer, **style)
             panel.fill_between(x, times["p20"], times["p80"], color=style["color"], alpha=0.15, lw=0)
         panel.set_xlabel(label.format(**run["batches"][points[0]]))
         panel.set_ylabel("time of a forward pass, ms")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-        if curve == "length":
-            panel.set_xscale("log", base=2)
-            panel.set_yscale("log")
-            for axis in (panel.xaxis, panel.yaxis):
-                axis.set_major_formatter("{x:,.0f}")
-                axis.set_minor_formatter(NullFormatter())
-        else:
-            panel.set_xlim(left=0)
-            panel.set_ylim(bottom=0)
+        _scale(panel, logarithmic=curve == "length")
     legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     _embolden(legend.get_texts())
-    figure.supxlabel(f"{runs[0]['model']}, {runs[0]['dtype']}. {_where(runs[0])}", fontsize=8, color="#555555")
+    models, run = dict.fromkeys(run["model"] for run, _ in places), places[0][0]
+    figure.supxlabel(f"{', '.join(models)}, {run['dtype']}. {_where(run)}", fontsize=8, color="#555555")
     return figure
+
+
+def _scale(panel, logarithmic):
+    from matplotlib.ticker import NullFormatter
+
+    if not logarithmic:
+        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=0)
+        return
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _losses(runs):
@@ -205,12 +224,19 @@ def _losses(runs):
 _FIGURES = {
     "peers": ("Real tokens a second, by peer", _peers),
     "scaling": ("Time against real tokens, padded size, and length", _scaling),
+    "fill": ("Time against the real tokens of batches of fixed size", _fill),
     "losses": ("The loss of training steps, stock models and ours", _losses),
 }
 
 
 def _colour(peer):
     return next((colour for prefix, colour in COLOURS.items() if peer.startswith(prefix)), "#999999")
+
+
+def _dashes(peer):
+    """Tells variants of one peer apart."""
+    styles = {"-int8": "--", "-device": "--", "-eager": ":"}
+    return next((style for ending, style in styles.items() if peer.endswith(ending)), "-")
 
 
 def _is_ours(peer):

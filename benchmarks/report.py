@@ -89,7 +89,8 @@ def render(text: str, runs: list[dict]) -> str:
     def tables(match):
         # Speed first; curves are for the eye.
         ordered = sorted(runs, key=lambda run: run["kind"] == "loss_curve")
-        sections = [section(run) for run in ordered if run["environment"]["device"] == match[2] and run["kind"] != "scaling"]
+        tabled = [run for run in ordered if run["environment"]["device"] == match[2] and run["kind"] not in ("scaling", "fill")]
+        sections = [section(run) for run in tabled]
         images = [name for name in plots.figures(runs) if name.startswith(f"{match[2]}-")]
         sections += [f"![{plots.caption(name)}]({IMAGES.relative_to(ROOT)}/{name})" for name in images]
         return match[1] + "".join(f"{text}\n\n" for text in sections) + match[3]
@@ -107,7 +108,7 @@ def key(run: dict) -> tuple:
 def section(run: dict) -> str:
     """A run's caption and table."""
     sections = {"encoder": encoder_section, "scaling": scaling_section, "operation": operation_section}
-    sections["loss_curve"] = loss_curve_section
+    sections |= {"loss_curve": loss_curve_section, "latency": latency_section, "fill": scaling_section, "parts": parts_section}
     return sections[run["kind"]](run)
 
 
@@ -151,6 +152,41 @@ def encoder_section(run: dict) -> str:
     return text
 
 
+def latency_section(run: dict) -> str:
+    """Peers in rows; for each length the median and the 99th percentile, from enough calls to have one."""
+    head, lines = ["peer"], []
+    for name in run["batches"]:
+        head += [f"{name}: p50, ms", "p99, ms", "ratio"]
+    for peer in dict.fromkeys(row["peer"] for row in run["rows"]):
+        cells = [f"`{peer}`"]
+        for row in (row for row in run["rows"] if row["peer"] == peer):
+            seconds = row["seconds"]
+            tail = f"{seconds['p99'] * 1e3:,.3f}" if "p99" in seconds else "–"
+            cells += [f"{seconds['median'] * 1e3:,.3f}", tail, f"{row['ratio']:.2f}"]
+        lines.append(cells)
+    title = f"**{run['model']}, latency of one text, {run['dtype']}**"
+    return f"{title}  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{_notes(run, [])}"
+
+
+def parts_section(run: dict) -> str:
+    """What a layer runs, in rows, their sum, and beside it the encoder as a whole."""
+    layers, sums = run["layers"], parts_sum(run)
+    lines = [[name, f"{t['median'] * 1e6:,.1f}", f"{t['median'] * layers * 1e3:,.3f}"] for name, t in run["parts"].items()]
+    lines += [["sum", f"{sums / layers * 1e6:,.1f}", f"{sums * 1e3:,.3f}"]]
+    lines += [[f"`{peer}`, the encoder", "", f"{t['median'] * 1e3:,.3f}"] for peer, t in run["wholes"].items()]
+    (batch,) = run["batches"].values()
+    title = f"**{run['model']}, its kernels one by one, {run['dtype']}** (dense {_batch(batch)})"
+    shares = ", ".join(f"{sums / t['median']:.0%} in `{peer}`" for peer, t in run["wholes"].items())
+    note = f"The sum is {shares}. Alone a kernel finds a cold L2 cache, in the encoder the output of the one before."
+    table = _table(["kernel", "a layer, µs", f"{layers} layers, ms"], lines)
+    return f"{title}  \n{_origin(run['environment'])}\n\n{table}\n\n{note}"
+
+
+def parts_sum(run: dict) -> float:
+    """Seconds of all layers' parts together."""
+    return run["layers"] * sum(facts["median"] for facts in run["parts"].values())
+
+
 def scaling_section(run: dict) -> str:
     """A table for each curve: its batches in rows, the peers' times in columns."""
     peers = list(dict.fromkeys(row["peer"] for row in run["rows"]))
@@ -161,7 +197,8 @@ def scaling_section(run: dict) -> str:
         for point in points:
             facts = run["batches"][point]
             sizes = [f"{facts['batch']}×{facts['seqlen']}", f"{facts['tokens']:,}"]
-            lines.append([*sizes, *(f"{times[point, peer]:,.1f}" for peer in peers)])
+            cells = (times[point, peer] for peer in peers)
+            lines.append([*sizes, *(f"{time:,.{1 if time >= 10 else 3}f}" for time in cells)])
         tables.append(f"{curve}, ms\n\n{_table(['padded', 'real tokens', *peers], lines)}")
     name = ", ".join(filter(None, (run["model"], "inference", run["dtype"], run.get("title"))))
     title = f"**{name}: what time follows**"

@@ -16,15 +16,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _active_collector
 
-from roberta_fast import ops, padding_mask
+from roberta_fast import graphs, ops, padding_mask
 from roberta_fast.families import is_plain
 from roberta_fast.layer import dropout_probability, foreign_hooks, is_plain_dropout
 from roberta_fast.ops import dropout
 from roberta_fast.ops.embedding import positions_behind
 from roberta_fast.ops.registration import TRANSFORMED, is_transformed
+from roberta_fast.options import FastOptions
 from roberta_fast.packing import PackedBatch
 from roberta_fast.reporting import FastModel
 
+_LOOKED_UP = ("input_ids", "position_ids", "token_type_ids")
 FIRST_ROWS = "_first_rows"  # the argument by which a fast head says that it reads no others
 _UNDERSTOOD = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "use_cache", "return_dict", "num_items_in_batch")
 
@@ -35,31 +37,36 @@ class FastBaseModel(FastModel):
     def _forward_packed(self, given: dict, first_rows: bool) -> ModelOutput:
         """The stock forward's output for its arguments ``given``; zeros at padding, and but for ``first_rows`` where only those
         are wanted."""
-        encoder, ids, mask = encoder_of(self), given["input_ids"], given.get("attention_mask")
+        ids, mask = given["input_ids"], given.get("attention_mask")
         mask = mask if mask is None else mask.to(ids.device).expand(ids.shape)
-        batch = PackedBatch.of(ids, mask, self.fast_options)
-        rows = self._embedded(ids, given.get("position_ids"), given.get("token_type_ids"), batch)
-        if torch.is_grad_enabled() and not rows.requires_grad and self.embeddings.word_embeddings._forward_hooks:
-            rows.requires_grad_()
-        rows = encoder.run_layers(rows, encoder.prepared(batch, rows), first_rows=first_rows)
+        inputs = {name: given[name].expand(ids.shape) for name in _LOOKED_UP if given.get(name) is not None}
+        encoded = functools.partial(self._encoded, first_rows=first_rows)
+        call = graphs.Call(inputs, mask, encoded, self.embeddings, "first rows" if first_rows else "")
+        hidden_states = graphs.replayed(encoder_of(self), call)
+        if hidden_states is None:
+            hidden_states = encoded(inputs, mask, self.fast_options)
         if first_rows:
-            hidden_states = nn.functional.pad(rows[:, None], (0, 0, 0, ids.shape[1] - 1))
-        else:
-            hidden_states = batch.unpack(rows)
+            hidden_states = nn.functional.pad(hidden_states[:, None], (0, 0, 0, ids.shape[1] - 1))
         if not hasattr(self, "pooler"):
             return self.family.output(last_hidden_state=hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden_states, pooler_output=pooled)
 
+    def _encoded(self, inputs: dict, mask: torch.Tensor | None, options: FastOptions, first_rows: bool) -> torch.Tensor:
+        """The last layer's result [B, S, C] of ``inputs``, input_ids and what else is looked up; [B, C] of first rows alone."""
+        encoder = encoder_of(self)
+        batch = PackedBatch.of(inputs["input_ids"], mask, options)
+        rows = self._embedded(*map(inputs.get, _LOOKED_UP), batch)
+        if torch.is_grad_enabled() and not rows.requires_grad and self.embeddings.word_embeddings._forward_hooks:
+            rows.requires_grad_()
+        rows = encoder.run_layers(rows, encoder.prepared(batch, rows), first_rows=first_rows)
+        return rows if first_rows else batch.unpack(rows)
+
     def _embedded(self, ids, position_ids, token_type_ids, batch):
         """The packed rows [N, C] that go into the first layer."""
         parts = self.embeddings
-        if position_ids is not None:
-            position_ids = position_ids.expand(ids.shape)
-        elif hasattr(parts, "create_position_ids_from_input_ids"):  # RoBERTa and its kin
+        if position_ids is None and hasattr(parts, "create_position_ids_from_input_ids"):  # RoBERTa and its kin
             position_ids = positions_behind(ids, parts.padding_idx)
-        if token_type_ids is not None:
-            token_type_ids = token_type_ids.expand(ids.shape)
         p = dropout_probability(parts.dropout)
         types = getattr(parts, "token_type_embeddings", None)
         return ops.embedding(

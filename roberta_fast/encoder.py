@@ -16,7 +16,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEncoder as Stock
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, _active_collector
 
-from roberta_fast import copies, embeddings, first_token, heads, padding_mask, prepacked
+from roberta_fast import copies, embeddings, first_token, graphs, heads, padding_mask, prepacked
 from roberta_fast.decoding import DecoderCall
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
@@ -38,7 +38,7 @@ from roberta_fast.packing import Carried, PackedBatch
 from roberta_fast.reporting import Reporting
 
 
-class FastEncoder(Reporting):
+class FastEncoder(graphs.GraphHolder, Reporting):
     """Mixin before a stock encoder class: packs, runs the layers, unpacks."""
 
     fast_options = FastOptions()
@@ -99,6 +99,10 @@ class FastEncoder(Reporting):
         _check_mask("attention_mask", mask, "hidden_states", hidden_states, call.past)
         if flattened is not None and mask is not None:
             raise ValueError(f"attention_mask must be None where cu_seq_lens_q divides the row, got {tuple(mask.shape)}")
+        if not decodes and flattened is None:
+            replayed = graphs.replayed(self, graphs.Call({"hidden_states": hidden_states}, mask, self._encoded), collected)
+            if replayed is not None:
+                return self.family.output(last_hidden_state=replayed)
         batch = (
             PackedBatch.of(hidden_states, None if call.past else mask, self.fast_options)
             if flattened is None
@@ -115,6 +119,12 @@ class FastEncoder(Reporting):
         rows = hidden_states if watched else batch.pack(hidden_states)
         rows = self.run_layers(rows, batch, *arguments, past_key_values=past_key_values if decodes else None, past=call.past)
         return self.family.output(last_hidden_state=rows if watched else batch.unpack(rows), **result)
+
+    def _encoded(self, inputs: dict, mask: torch.Tensor, options: FastOptions) -> torch.Tensor:
+        """The last layer's result [B, S, C] of ``inputs``' hidden_states."""
+        batch = PackedBatch.of(inputs["hidden_states"], mask, options)
+        rows = batch.pack(inputs["hidden_states"])
+        return batch.unpack(self.run_layers(rows, self.prepared(batch, rows)))
 
     def packed_objection(self) -> str | None:
         """Why rows that were packed before the embeddings cannot be run through the layers, or None."""
@@ -199,7 +209,7 @@ def _config_of(encoder):
 
 def _for_all(mask, hidden_states):
     """A mask [1, S] for all sequences of hidden_states; any other as it is."""
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == 1:
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[0] == 1 != hidden_states.shape[0]:
         return mask.expand(hidden_states.shape[0], -1)
     return mask
 
@@ -286,7 +296,7 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
     if not isinstance(options, FastOptions):
         raise ValueError(f"options must be FastOptions or None, got {options!r}")
     encoder.fast_options = options
-    encoder.stock_calls, encoder.fp32_calls = {}, {}
+    encoder.stock_calls, encoder.fp32_calls, encoder.graphs = {}, {}, graphs.GraphSet()
     set_deterministic(encoder, options.deterministic)
     for layer, layer_class in zip(map(unwrapped, encoder.layer), layer_classes(encoder), strict=True):
         if not isinstance(layer, FastLayer):
@@ -327,7 +337,7 @@ def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
         for name in ("forward_before", "copies"):
             layer.__dict__.pop(name, None)
     stock = encoder.stock
-    for name in ("fast_options", "stock_calls", "fp32_calls", "family", "stock"):
+    for name in ("fast_options", "stock_calls", "fp32_calls", "graphs", "family", "stock"):
         encoder.__dict__.pop(name, None)
     encoder.__class__ = stock
 

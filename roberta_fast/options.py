@@ -8,6 +8,7 @@ UNPAD = ("auto", "host", "device")
 ON_UNSUPPORTED = ("warn", "error", "ignore")
 PRECISIONS = (None, "int8", "fp8")
 RECOMPUTE = (None, "gelu", "layer")
+CUDA_GRAPHS = ("auto", True, False)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class FastOptions:
         made at their first use, and again where the weights have changed since, and take those weights' memory once more. A
         write through ``weight.data`` that changes few of its numbers may go unseen until ``accelerate_model`` is called again.
         Calls that record gradients, and ``torch.compile``, do without. Not with ``deterministic``.
+    cuda_graphs: replays inference on CUDA as a CUDA graph, which takes the launches from Python away. ``"auto"`` records one for
+        each capacity of up to 8,192 rows, sequences times their length, both rounded up: a bound that is not yet measured. True
+        records any, and reports calls that run without one; False records none. At most 64 are kept, in one memory pool.
+        Training, ``torch.compile``, decoders, requested hidden states, hooks, and modules that are not torch's own do without;
+        ``explain`` says why a call did.
     Raises ValueError for any other value.
     """
 
@@ -48,6 +54,7 @@ class FastOptions:
     fuse_lm_head: bool = True
     recompute: str | None = None
     prepack: bool = False
+    cuda_graphs: str | bool = "auto"
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
@@ -65,3 +72,5 @@ class FastOptions:
             raise ValueError(f"precision={self.precision!r} is not one of {PRECISIONS}")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute={self.recompute!r} is not one of {RECOMPUTE}")
+        if self.cuda_graphs != "auto" and not isinstance(self.cuda_graphs, bool):  # 1 equals True, and is not it
+            raise ValueError(f"cuda_graphs={self.cuda_graphs!r} is not one of {CUDA_GRAPHS}")

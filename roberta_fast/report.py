@@ -22,6 +22,7 @@ from roberta_fast.ops.feed_forward import is_fused
 from roberta_fast.ops.linear import prepack_objection
 from roberta_fast.ops.registration import facts_of
 from roberta_fast.prepacked import is_packed
+from roberta_fast.recorders import RECORDERS
 from roberta_fast.reporting import FastModel
 
 
@@ -34,6 +35,8 @@ class Explanation:
     of the layers multiply in 8 bits. fp32_calls: ``{reason: calls}`` that should have done so and did not. prepack: how many
     weights lie in MKL's layout by now, None where that was not asked for. whole_calls: ``{reason: calls}`` on fast layers that
     computed rows which could have been left out: a base model's embeddings of padding, or a head's last layer.
+    cuda_graphs: how many were recorded and replayed, None where none can be. eager_calls: ``{reason: calls}`` in inference that
+    ran without.
     """
 
     encoders: int
@@ -47,18 +50,22 @@ class Explanation:
     fp32_calls: dict[str, int] = dataclasses.field(default_factory=dict)
     prepack: str | None = None
     whole_calls: dict[str, int] = dataclasses.field(default_factory=dict)
+    cuda_graphs: str | None = None
+    eager_calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.backends)
         lines = [f"{self.encoders} fast encoder(s), {self.layers} layers, {self.dtype} on {self.device}"]
         lines += [f"  precision: {self.precision}"] if self.precision != "as the model" else []
         lines += [f"  prepack: {self.prepack}"] if self.prepack else []
+        lines += [f"  CUDA graphs: {self.cuda_graphs}"] if self.cuda_graphs else []
         lines += [f"  {'operation':<{width}}  {'forward':<8} backward"]
         lines += [f"  {name:<{width}}  {forward:<8} {backward}" for name, (forward, backward) in self.backends.items()]
         lines += [f"  fallback: {reason}" for reason in self.fallbacks] or ["  no fallback"]
         lines += [f"  stock path, {calls} call(s): {reason}" for reason, calls in self.stock_calls.items()]
         lines += [f"  in fp32, {calls} call(s): {reason}" for reason, calls in self.fp32_calls.items()]
         lines += [f"  all rows, {calls} call(s): {reason}" for reason, calls in self.whole_calls.items()]
+        lines += [f"  without a CUDA graph, {calls} call(s): {reason}" for reason, calls in self.eager_calls.items()]
         return "\n".join(lines)
 
 
@@ -121,13 +128,14 @@ def explain(model: nn.Module) -> Explanation:
         modules = [m for layer in layers for m in linears(layer_parts(layer)).values() if is_plain(m, nn.Linear)]
         prepack = f"{sum(is_packed(m.weight) for m in modules)} of {len(modules)} weights by now"
         reasons.update(f"no weight is prepacked: {reason}" for reason in filter(None, [prepack_objection(weight)]))
-    stock_calls, fp32_calls, whole_calls = Counter(), Counter(), Counter()
+    stock_calls, fp32_calls, whole_calls, eager_calls = Counter(), Counter(), Counter(), Counter()
     for module in models:
         whole_calls.update(module.whole_calls)
     for module in (*encoders, *language_models):
         stock_calls.update(module.stock_calls)
     for encoder in encoders:
         fp32_calls.update(encoder.fp32_calls)
+        eager_calls.update(encoder.graphs.declined)
     fallbacks = tuple(reason + (f" ({n} times)" if n > 1 else "") for reason, n in reasons.items())
     return Explanation(
         encoders=len(encoders),
@@ -141,6 +149,8 @@ def explain(model: nn.Module) -> Explanation:
         fp32_calls=dict(fp32_calls),
         prepack=prepack,
         whole_calls=dict(whole_calls),
+        cuda_graphs=_cuda_graphs(encoders, facts.device),
+        eager_calls=dict(eager_calls),
     )
 
 
@@ -152,6 +162,15 @@ _OPERATIONS = {
     "linear_gelu": ("linear_gelu", "linear_gelu_backward"),
     "unpack": ("unpack", "pack"),
 }
+
+
+def _cuda_graphs(encoders, device):
+    """How many graphs the encoders have, and how often those and earlier ones were replayed."""
+    if device not in RECORDERS or not encoders[0].fast_options.cuda_graphs:
+        return None
+    sets = [encoder.graphs for encoder in encoders]
+    kept, captures, replays = sum(map(len, sets)), sum(s.captures for s in sets), sum(s.replays for s in sets)
+    return f"{kept} kept of {captures} recorded, {replays} replays"
 
 
 def _precision(layers, asked):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from roberta_fast import FastOptions, accelerate_model, explain
@@ -134,6 +135,49 @@ def test_nothing_is_packed_where_nothing_is_padded():
 def test_an_unknown_way_is_refused():
     with pytest.raises(ValueError, match=r"unpad='never' is not one of \('auto', 'host', 'device'\)"):
         FastOptions(unpad="never")
+
+
+class Waited(Exception):
+    pass
+
+
+class NoWait(TorchFunctionMode):
+    """Refuses what, on CUDA tensors, makes the host wait for the device."""
+
+    WAITS = (
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "masked_select",
+        "unique",
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        by_mask = any(getattr(i, "dtype", None) == torch.bool for i in (index if isinstance(index, tuple) else (index,)))
+        if name in self.WAITS or by_mask:
+            raise Waited(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["eval", "train"])
+def test_no_value_is_asked_for(trains):
+    """In the package's own Python code, which is the same on every device; that of kernels is seen on a GPU alone."""
+    model = model_of("roberta").train(trains)
+    inputs = random_inputs(MASKS["right"], model.config)
+    rows = model.roberta.embeddings(input_ids=inputs["input_ids"]).detach().requires_grad_()
+    fast = {unpad: accelerate_model(copy.deepcopy(model), unpad=unpad, backend="torch") for unpad in ("device", "host")}
+    with NoWait():
+        fast["device"].roberta.encoder(rows, inputs["attention_mask"])[0].sum().backward()
+        with pytest.raises(Waited, match="nonzero"):
+            fast["host"].roberta.encoder(rows, inputs["attention_mask"])
 
 
 @pytest.mark.gpu

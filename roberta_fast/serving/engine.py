@@ -16,7 +16,7 @@ from roberta_fast import fp8
 from roberta_fast.families import longest_sequence
 from roberta_fast.quantized import FILE as QUANTIZED_FILE
 from roberta_fast.serving.decoding import Continuation, Continued, Decoder
-from roberta_fast.serving.settings import POOLINGS, TASKS, Settings
+from roberta_fast.serving.settings import CUDA_GRAPHS, POOLINGS, TASKS, Settings
 from roberta_fast.tasks.generation import TARGET_TOKENIZER, text_bounds
 
 # How much larger than its real tokens a padded batch may be. An accelerated model pays for padding in the embeddings alone,
@@ -202,7 +202,9 @@ class Engine:
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a CUDA device and a CUDA build of torch")
         chosen = {name: getattr(settings, name) for name in ("precision", "deterministic", "prepack")}
-        options = roberta_fast.FastOptions(**chosen)
+        if settings.cuda_graphs == "on" and (settings.stock or self.device != "cuda"):
+            raise ValueError(f"--cuda-graphs on is for --device cuda, not {'--stock' if settings.stock else self.device}")
+        options = roberta_fast.FastOptions(**chosen, cuda_graphs=CUDA_GRAPHS[settings.cuda_graphs])
         where = self.device, settings.dtype
         for flag, given in (("--precision int8", options.precision == "int8"), ("--prepack", options.prepack)):
             if given and where != ("cpu", "float32"):

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from roberta_fast.cli import positive
-from roberta_fast.serving.settings import POOLINGS, TASKS, Settings
+from roberta_fast.serving.settings import CUDA_GRAPHS, POOLINGS, TASKS, Settings
 
 logger = logging.getLogger("roberta_fast.serving")
 
@@ -146,6 +146,7 @@ def _parser():
     add("--precision", help="8-bit weights in the encoder's layers: int8 on CPU, fp8 on a GPU (default: those of --dtype)")
     add("--deterministic", action="store_true", help="the same bits whatever a text is batched with")
     add("--prepack", action="store_true", help="weights in MKL's layout: faster on CPU, for their memory once more")
+    add("--cuda-graphs", choices=tuple(CUDA_GRAPHS), default=defaults.cuda_graphs, help="on cuda (default: auto, small batches)")
     add("--stock", action="store_true", help="plain Hugging Face, not accelerated, for comparison")
     add("--pooling", choices=POOLINGS, help="of embeddings (default: what the model's folder says, else mean)")
     add(

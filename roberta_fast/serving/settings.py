@@ -11,6 +11,7 @@ TASKS = {  # {task: the class of transformers that holds its head}
     "translation": "EncoderDecoderModel",
     "text-generation": "AutoModelForCausalLM",
 }
+CUDA_GRAPHS = {"auto": "auto", "on": True, "off": False}  # {--cuda-graphs: the option cuda_graphs}
 POOLINGS = ("mean", "cls", "max")
 
 
@@ -25,6 +26,7 @@ class Settings:
     precision: str | None = None
     deterministic: bool = False
     prepack: bool = False
+    cuda_graphs: str = "auto"
     stock: bool = False
     pooling: str | None = None
     threads: int | None = None
