@@ -195,6 +195,13 @@ PEERS = {
     f"{OURS}-deterministic": Peer(functools.partial(_ours, deterministic=True), default=False),
     f"{OURS}-prepack": _RUNTIME(functools.partial(_ours, prepack=True)),
     f"{OURS}-int8": _RUNTIME(functools.partial(_ours, precision="int8"), precision="int8"),
+    f"{OURS}-fp8": Peer(
+        functools.partial(_ours, precision="fp8"),
+        devices=("cuda",),
+        modes=("eval",),
+        dtypes=("float16", "bfloat16"),
+        precision="fp8",
+    ),
 }
 """In the order of the table."""
 

@@ -12,6 +12,7 @@ Arguments that the kernels share:
   statistics_ptr                  float32 [H, Nq, 2], lse·log2(e) (inf where it is -inf) and rowsum(dO∘O) / rescale
   cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr   as in ops/attention.py
   rows, heads, blocks             Nq, H, and how many blocks the longest segment is cut into
+  inverse_ptr                     float32 [H, D], factors by which out is rounded to eight bits, or None
   scale, threshold, rescale       factor on the scores; dropout's threshold and its factor on what is kept
   BLOCK_D                         HEAD_DIM padded to a power of two; columns from HEAD_DIM on are zeros
   PRECISION                       how float32 operands are multiplied, "ieee" or "tf32"
@@ -30,6 +31,7 @@ from roberta_fast.kernels.attention_blocks import (
     load_rows,
     locate,
     not_later,
+    store_result,
     store_rows,
 )
 from roberta_fast.kernels.attention_short import attention_bwd_short_kernel, attention_fwd_short_kernel
@@ -41,7 +43,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["rows", "heads", "blocks", "threshold"])
 def attention_fwd_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr,
+    query_ptr, key_ptr, value_ptr, inverse_ptr, out_ptr, lse_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr,
     stride_query_n, stride_query_h, stride_key_n, stride_key_h, stride_value_n, stride_value_h,
     rows, heads, blocks, scale, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -81,7 +84,9 @@ def attention_fwd_kernel(
     # A row that saw no key has maximum -inf and sum 0: it gives 0 and -inf.
     divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
     out_ptr += (begin_q * heads + head) * HEAD_DIM
-    store_rows(out_ptr, acc * (rescale / divisor)[:, None], query_rows, heads * HEAD_DIM, real, HEAD_DIM, BLOCK_D)
+    inverse_ptr = None if inverse_ptr is None else inverse_ptr + head * HEAD_DIM
+    acc *= (rescale / divisor)[:, None]
+    store_result(out_ptr, inverse_ptr, acc, query_rows, heads * HEAD_DIM, real, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + head * rows + begin_q + query_rows, (row_max + tl.log2(divisor)) / LOG2_E, mask=real)
 
 
@@ -190,12 +195,12 @@ def attention_bwd_dkdv_kernel(
 
 
 def attention_fwd(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=False,
-                  query_only=None, dropout_p=0.0, seed=None, deterministic=False, order=None):  # fmt: skip
+                  query_only=None, dropout_p=0.0, seed=None, deterministic=False, order=None, inverse=None):  # fmt: skip
     """(out [Nq, H, D] in query's dtype, lse float32 [H, Nq]), as ``attention_ref``."""
     (rows, heads, _), segments = query.shape, cu_seqlens_q.shape[0] - 1
     lengths = None if deterministic else (max_seqlen_q, max_seqlen_k)
     name = "forward_dropout" if dropout_p else "forward"
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty(query.shape, dtype=query.dtype if inverse is None else torch.float8_e4m3fn, device=query.device)
     lse = torch.empty((heads, rows), dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
         tile = tuning.short_attention_tile(name, query, lengths)
@@ -207,8 +212,9 @@ def attention_fwd(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, m
             heads_or_blocks = triton.cdiv(max_seqlen_q, tile.block_m)
             programs = heads_or_blocks * heads * segments
         kernel[(programs,)](
-            query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, order, *_strides(query, key, value),
-            rows, heads, heads_or_blocks, scale, dropout.threshold(dropout_p), dropout.scale(dropout_p),
+            query, key, value, inverse, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, order,
+            *_strides(query, key, value), rows, heads, heads_or_blocks,
+            scale, dropout.threshold(dropout_p), dropout.scale(dropout_p),
             **_options(query, tile, causal, query_only, dropout_p),
         )  # fmt: skip
     return out, lse

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from roberta_fast.kernels.dropout import interleaved_columns, keep_mask_interleaved
+from roberta_fast.kernels.fp8 import to_e4m3
 
 
 @triton.jit
@@ -61,6 +62,15 @@ def store_rows(ptr, tile, rows, stride, real, HEAD_DIM: tl.constexpr, BLOCK_D: t
     columns = tl.arange(0, BLOCK_D)
     pointers = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=real[:, None] & (columns[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def store_result(ptr, inverse_ptr, tile, rows, stride, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``store_rows``, in eight bits and times inverse_ptr's [HEAD_DIM] factors of this head where it is not None."""
+    if inverse_ptr is not None:
+        columns = tl.arange(0, BLOCK_D)
+        tile = to_e4m3(tile * tl.load(inverse_ptr + columns, mask=columns < HEAD_DIM, other=0.0)[None, :])
+    store_rows(ptr, tile, rows, stride, real, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit

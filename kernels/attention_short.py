@@ -9,7 +9,15 @@ Arguments are those of ``kernels/attention.py``.
 import triton
 import triton.language as tl
 
-from roberta_fast.kernels.attention_blocks import drop, gradient_block, load_rows, segment_at, store_rows, visible_keys
+from roberta_fast.kernels.attention_blocks import (
+    drop,
+    gradient_block,
+    load_rows,
+    segment_at,
+    store_result,
+    store_rows,
+    visible_keys,
+)
 from roberta_fast.kernels.dropout import interleaved_columns
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -17,7 +25,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["rows", "heads", "share", "threshold"])
 def attention_fwd_short_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr,
+    query_ptr, key_ptr, value_ptr, inverse_ptr, out_ptr, lse_ptr,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, query_only_ptr, seed_ptr, order_ptr,
     stride_query_n, stride_query_h, stride_key_n, stride_key_h, stride_value_n, stride_value_h,
     rows, heads, share, scale, threshold, rescale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -58,7 +67,8 @@ def attention_fwd_short_kernel(
         out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
         out *= (rescale / divisor)[:, None]
-        store_rows(out_ptr + head * HEAD_DIM, out, query_rows, row_stride, asked, HEAD_DIM, BLOCK_D)
+        factors_ptr = None if inverse_ptr is None else inverse_ptr + head * HEAD_DIM
+        store_result(out_ptr + head * HEAD_DIM, factors_ptr, out, query_rows, row_stride, asked, HEAD_DIM, BLOCK_D)
         statistics = lse_ptr + head * rows + begin_q + query_rows
         tl.store(statistics, (row_max + tl.log2(divisor)) / LOG2_E, mask=asked)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from roberta_fast import ops
 from roberta_fast.families import LINEARS, LayerParts, gelu_form, is_plain
-from roberta_fast.ops.fp8_linear import Fp8Weight, inverse_of, layer_norm_bound, linear_bound, quantize_weight_fp8
+from roberta_fast.ops.fp8_linear import E4M3, Fp8Weight, inverse_of, layer_norm_bound, linear_bound, quantize_weight_fp8
 from roberta_fast.packing import PackedBatch
 
 LEAST_CAPABILITY = (8, 9)
@@ -39,6 +39,8 @@ class Fp8Linear(NamedTuple):
 
     def rounded(self, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """rows [N, K] in 8 bits, as a LayerNorm handed them on or rounded now."""
+        if rows.dtype == E4M3:
+            return rows
         carried = batch.carried.take(rows) if batch.carried else None
         if carried is not None:
             return carried
@@ -46,8 +48,10 @@ class Fp8Linear(NamedTuple):
 
 
 class Fp8Linears(NamedTuple):
-    """The products of one layer. following: the factors by which its last LayerNorm rounds its result for the next layer.
+    """The products of one layer.
 
+    context_inverse: [H, D], the factors by which its attention rounds its result; following: those of its last LayerNorm, for the
+    next layer.
     sources: the weights of the modules ``reads`` that scales and copies are of.
     """
 
@@ -55,6 +59,7 @@ class Fp8Linears(NamedTuple):
     context: Fp8Linear
     intermediate: Fp8Linear
     output: Fp8Linear
+    context_inverse: torch.Tensor
     following: torch.Tensor
     sources: tuple[torch.Tensor, ...]
 
@@ -76,11 +81,13 @@ class Fp8Linears(NamedTuple):
         if gelu_form(parts.activation) is None:
             raise ValueError(f"the activation is a {type(parts.activation).__name__}, and no GELU")
         before, between = (norm.weight, norm.bias), (parts.attention_norm.weight, parts.attention_norm.bias)
+        context = Fp8Linear.of((parts.attention_output,), linear_bound(parts.value.weight, parts.value.bias, *before))
         return cls(
             Fp8Linear.of((parts.query, parts.key, parts.value), layer_norm_bound(*before)),
-            Fp8Linear.of((parts.attention_output,), linear_bound(parts.value.weight, parts.value.bias, *before)),
+            context,
             Fp8Linear.of((parts.intermediate,), layer_norm_bound(*between)),
             Fp8Linear.of((parts.output,), linear_bound(parts.intermediate.weight, parts.intermediate.bias, *between)),
+            _fixed(context.inverse.view(-1, parts.attention.attention_head_size)),
             _fixed(inverse_of(layer_norm_bound(parts.output_norm.weight, parts.output_norm.bias))),
             tuple(getattr(parts, name).weight for name in cls.reads),
         )
@@ -100,8 +107,8 @@ class Fp8Linears(NamedTuple):
         return self.projections(self.projections.rounded(rows, batch), batch, dtype=rows.dtype)
 
     def attention_output(self, context: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """context [N, C] to [N, C]."""
-        return self.context(self.context.rounded(context, batch), batch, dtype=context.dtype)
+        """context [N, C], in 8 bits as attention gives it by ``context_inverse``, or not, to [N, C]."""
+        return self.context(self.context.rounded(context, batch), batch, dtype=self.sources[0].dtype)
 
     def feed_forward(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
         """output(activation(intermediate(rows))), what is between the products in 8 bits alone."""

@@ -41,7 +41,7 @@ class Int8Linears(NamedTuple):
     operations = ("int8_linear", "int8_feed_forward")
     reads = LINEARS
     device = torch.device("cpu")
-    inverses = (None, None)  # nothing but the products themselves rounds to 8 bits
+    inverses, context_inverse = (None, None), None  # nothing but the products themselves rounds to 8 bits
 
     @classmethod
     def made_of(cls, parts: LayerParts, norm: nn.Module | None) -> "Int8Linears":

@@ -50,7 +50,10 @@ class FastLayer(CopiesHolder):
         projections = _query_key_value(rows, parts, batch, copies)
         if batch.first_rows:  # only attention needs the others
             rows, batch = rows.index_select(0, batch.asking), batch._replace(count=None)
-        context = self_attention(*projections, batch, cache, **_attention_options(parts, p, seeds, 0, batch)).flatten(1)
+        attention_options = _attention_options(parts, p, seeds, 0, batch)
+        if copies and batch.decoding is None:
+            attention_options["inverse"] = copies.context_inverse
+        context = self_attention(*projections, batch, cache, **attention_options).flatten(1)
         projected = copies.attention_output(context, batch) if copies else linear(parts.attention_output, context, batch)
         rows = add_norm(projected, rows, parts.attention_norm, p[1], seeds, 1, batch, inverses[0])
         if attends_to_encoder:

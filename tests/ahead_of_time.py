@@ -116,7 +116,7 @@ def faults(capability: int, name: str, case: Case, compiled: Compiled) -> list[s
     found = []
     allowed = case.spill_bytes
     if allowed is None:
-        allowed = ATTENTION_SPILL if name.startswith("attention/") else 0
+        allowed = ATTENTION_SPILL if compiled.kernel.startswith("attention") else 0
     if compiled.spill_bytes > allowed:
         found.append(f"spills {compiled.spill_bytes} bytes, {allowed} allowed")
     if compiled.shared_kib > limit:

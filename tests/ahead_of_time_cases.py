@@ -126,9 +126,13 @@ def both_attention(
 
 
 def fp8_products(dtype: torch.dtype, gelu: str | None = None, inner: int = 768, outer: int = 3072) -> None:
-    """LayerNorm's result in 8 bits, the product that reads it, and that product's own result in 8 bits."""
+    """LayerNorm's and attention's results in 8 bits, the product that reads them, and that product's own result in 8 bits."""
     x, vector, wide = meta(8192, inner, dtype=dtype), meta(inner, dtype=torch.float32), meta(outer, dtype=torch.float32)
     _, rows = add_layer_norm.add_layer_norm_fp8(x, x, vector, vector, 1e-5, vector, COUNT)
+    qkv, bounds = meta(8192, 3, 12, 64, dtype=dtype), meta(33, dtype=torch.int32)
+    for longest in (64, 128, 512):
+        factors = meta(12, 64, dtype=torch.float32)
+        attention.attention_fwd(*qkv.unbind(1), bounds, bounds, longest, longest, 0.125, inverse=factors)
     weight = meta(outer, inner, dtype=torch.float8_e4m3fn)
     fp8_linear.fp8_linear_fwd(rows, weight, wide, wide, gelu, wide if gelu else None, dtype, COUNT)
     fp8_linear.fp8_quantize(x, vector, COUNT)

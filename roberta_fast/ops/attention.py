@@ -13,6 +13,7 @@ import torch
 
 from roberta_fast import dispatch
 from roberta_fast.ops import dropout
+from roberta_fast.ops.fp8_linear import fp8_quantize_ref, refuse_gradient
 from roberta_fast.ops.registration import autocast_to, define, facts_of, refuse, register_autograd, register_backends
 
 HEAD_DIMS = range(16, 129)  # what the Triton and C++ kernels serve; Triton pads to a power of two
@@ -34,6 +35,7 @@ def attention(
     seed: torch.Tensor | None = None,
     deterministic: bool = False,
     order: torch.Tensor | None = None,
+    inverse: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """softmax(query @ keyᵀ * scale) @ value within each segment.
@@ -48,6 +50,8 @@ def attention(
     deterministic: a segment gives bitwise the same, gradients included, from run to run and whatever it is batched with.
     order: int32 [B], the segments in the order in which a GPU begins them, which changes no result: the longest first, as
         ``pack_indices`` lists them, keep it from ending on one. None: as they stand.
+    inverse: float32 [H, D], by which the result is multiplied and rounded to float8_e4m3fn for a product in 8 bits
+        (``fp8_linear``); that has no gradient. None: it is of query's dtype.
     Under autocast computes in its dtype. Returns [Nq, H, D], contiguous. Raises ValueError naming the argument that does not fit.
     """
     query, key, value = autocast_to(query, key, value)
@@ -77,17 +81,19 @@ def attention(
         refuse("order", f"{order.dtype} {tuple(order.shape)}", "int32 [B]")
     if order is not None and order.device != query.device:
         refuse("order", order.device, f"on query's device {query.device}")
+    if inverse is not None and (inverse.shape != query.shape[1:] or inverse.dtype != torch.float32):
+        refuse("inverse", f"{inverse.dtype} {tuple(inverse.shape)}", f"float32 [H, D] = {tuple(query.shape[1:])}")
     dropout.threshold(dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:
         refuse("scale", scale, "positive")
     out, _ = _forward(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                      query_only, dropout_p, seed if dropout_p else None, deterministic, order, backend)  # fmt: skip
+                      query_only, dropout_p, seed if dropout_p else None, deterministic, order, backend, inverse)  # fmt: skip
     return out
 
 
 def attention_ref(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal=False,
-                  query_only=None, dropout_p=0.0, seed=None, deterministic=False, order=None):  # fmt: skip
+                  query_only=None, dropout_p=0.0, seed=None, deterministic=False, order=None, inverse=None):  # fmt: skip
     """Segment by segment in plain PyTorch; returns (out [Nq, H, D], lse [H, Nq] in float32, float64 for float64)."""
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     lse = _statistics_like(query, query.shape[1], query.shape[0]).fill_(-torch.inf)
@@ -96,7 +102,7 @@ def attention_ref(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, m
         lse[:, q] = scores.logsumexp(-1)
         weights = _drop(_softmax(scores, lse[:, q]), b, query_only, dropout_p, seed)
         out[q] = (weights.to(value.dtype) @ value[k].transpose(0, 1)).transpose(0, 1)
-    return out, lse
+    return (out if inverse is None else fp8_quantize_ref(out, inverse)), lse
 
 
 def attention_backward_ref(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
@@ -154,15 +160,16 @@ def _drop(weights, segment, query_only, dropout_p, seed):
 
 
 def _forward_implementation(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-                            query_only, dropout_p, seed, deterministic, order, backend):  # fmt: skip
+                            query_only, dropout_p, seed, deterministic, order, backend, inverse=None):  # fmt: skip
     run = dispatch.choose("attention", facts_of(query, query.shape[-1], deterministic=deterministic), backend).run
     return run(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, query_only,
-               dropout_p, seed, deterministic, order)  # fmt: skip
+               dropout_p, seed, deterministic, order, *(() if inverse is None else (inverse,)))  # fmt: skip
 
 
 def _forward_fake(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, query_only,
-                  dropout_p, seed, deterministic, order, backend):  # fmt: skip
-    return query.new_empty(query.shape), _statistics_like(query, query.shape[1], query.shape[0])
+                  dropout_p, seed, deterministic, order, backend, inverse=None):  # fmt: skip
+    dtype = query.dtype if inverse is None else torch.float8_e4m3fn
+    return query.new_empty(query.shape, dtype=dtype), _statistics_like(query, query.shape[1], query.shape[0])
 
 
 def _backward_implementation(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale,
@@ -179,7 +186,7 @@ def _backward_fake(dout, query, key, value, *_):
 _forward = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, float scale, bool causal, Tensor? query_only, float dropout_p, "
-    "Tensor? seed, bool deterministic, Tensor? order, str backend) -> (Tensor, Tensor)",
+    "Tensor? seed, bool deterministic, Tensor? order, str backend, Tensor? inverse=None) -> (Tensor, Tensor)",
     _forward_implementation,
     _forward_fake,
 )
@@ -195,19 +202,21 @@ _backward = define(
 
 def _setup_context(ctx, inputs, output):
     query, key, value, cu_seqlens_q, cu_seqlens_k, *lengths_scale_causal = inputs[:9]
-    query_only, dropout_p, seed, deterministic, order, backend = inputs[9:]
+    query_only, dropout_p, seed, deterministic, order, backend, inverse = inputs[9:]
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, order)
     ctx.lengths_scale_causal = lengths_scale_causal
-    ctx.dropout_p, ctx.deterministic, ctx.backend = dropout_p, deterministic, backend
+    ctx.dropout_p, ctx.deterministic, ctx.backend, ctx.is_rounded = dropout_p, deterministic, backend, inverse is not None
 
 
 def _autograd_backward(ctx, dout, _dlse):
+    if ctx.is_rounded:
+        refuse_gradient(ctx)
     query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, order = ctx.saved_tensors
     gradients = _backward(dout.contiguous(), query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths_scale_causal,
                           query_only, ctx.dropout_p, seed, ctx.deterministic, order, ctx.backend)  # fmt: skip
-    return *gradients, *[None] * 12
+    return *gradients, *[None] * 13
 
 
 register_autograd("attention", _autograd_backward, _setup_context)

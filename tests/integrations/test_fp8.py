@@ -72,11 +72,11 @@ def test_every_mask(stock, mask):
 
 
 def test_rows_are_rounded_once(stock, inputs, monkeypatch):
-    """By the LayerNorm that makes them; attention's context and what enters the first layer have none to do it."""
+    """By what makes them, a LayerNorm or attention; what enters the first layer has nobody to do it."""
     rounded, quantize = [], ops.fp8_quantize
     monkeypatch.setattr(ops, "fp8_quantize", lambda x, *given, **how: rounded.append(x.shape[1]) or quantize(x, *given, **how))
     logits(fp8(stock), inputs)
-    assert rounded == [64] * 4
+    assert rounded == [64]
 
 
 DROPS = {

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from roberta_fast.kernels.fp8 import to_e4m3
-from roberta_fast.ops import add_layer_norm, add_layer_norm_fp8, fp8_linear, fp8_quantize, quantize_weight_fp8
+from roberta_fast.ops import add_layer_norm, add_layer_norm_fp8, attention, fp8_linear, fp8_quantize, quantize_weight_fp8
 from roberta_fast.ops.fp8_linear import E4M3, LARGEST, inverse_of, layer_norm_bound, linear_bound
-from roberta_fast.testing import poisoned, ulp_error
+from roberta_fast.testing import poisoned, segment_bounds, ulp_error
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -128,6 +128,22 @@ def test_layer_norm_rounds_its_own_result(backend, dtype, has_residual):
     assert rounded.float().abs().max() > 1
 
 
+@pytest.mark.parametrize("longest", [12, 70])
+def test_attention_rounds_its_own_result(backend, longest):
+    """By the short kernel and by the general one."""
+    generator = torch.Generator().manual_seed(3)
+    bounds = segment_bounds([longest, 1, 0, 8], backend.device)
+    qkv = torch.randn(longest + 9, 3, 2, 24, generator=generator).to(backend.device).unbind(1)
+    inverse = (torch.rand(2, 24, generator=generator) * 300 + 100).to(backend.device)
+    how = {"query_only": torch.tensor([0, 1, 0, 2], dtype=torch.int32, device=backend.device), "backend": backend.name}
+    rounded = attention(*qkv, bounds, bounds, longest, longest, inverse=inverse, **how)
+    exact = attention(*(t.double() for t in qkv), bounds, bounds, longest, longest, **{**how, "backend": "torch"}) * inverse
+    exact = exact.clamp(-LARGEST, LARGEST)
+    assert rounded.dtype == E4M3 and (exact.abs() == LARGEST).any()
+    off = (rounded.double() - exact).abs()
+    assert (off <= torch.maximum(exact.abs() * HALF_STEP, torch.tensor(2.0**-10)) * 1.01).all()
+
+
 def test_quantize_and_rows_behind_the_count(backend):
     x, gamma, beta, _, _ = (t.to(backend.device) for t in layer())
     inverse = inverse_of(layer_norm_bound(gamma, beta))
@@ -202,6 +218,10 @@ REFUSALS = {
         r"inverse must be float32 \[48\], got torch.float16",
     ),
     "quantize": (lambda: fp8_quantize(torch.zeros(2, 32), torch.ones(31)), r"inverse must be float32 \[32\], got"),
+    "attention": (
+        lambda: attention(*[torch.zeros(4, 2, 8)] * 3, *[segment_bounds([4])] * 2, 4, 4, inverse=torch.ones(8)),
+        r"inverse must be float32 \[H, D\] = \(2, 8\), got torch.float32 \(8,\)",
+    ),
     "norm": (
         lambda: add_layer_norm_fp8(torch.zeros(2, 32), None, torch.ones(32), torch.ones(32), 1e-5, torch.ones(31)),
         r"inverse must be float32 \[32\], got",
