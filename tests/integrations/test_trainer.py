@@ -62,8 +62,13 @@ def loss_curve(trainer, **arguments):
 
 
 def assert_same_curve(models, folder, **overrides):
-    """The fast model's losses differ from those in float64 by three times what the stock ones do, or in the last place."""
-    fast, stock, exact = (loss_curve(trainer_of(model, folder, **overrides)) for model in models)
+    """The fast model's losses differ from those in float64 by three times what the stock ones do, or in the last place.
+
+    models: a trio, or several, whose curves are one: AdamW makes steps of rounding errors, for some models far larger ones.
+    """
+    trios = models if isinstance(models, list) else [models]
+    curves = [[loss_curve(trainer_of(model, folder, **overrides)) for model in models] for models in trios]
+    fast, stock, exact = map(torch.cat, zip(*curves, strict=True))
     assert exact.unique().numel() == exact.numel() >= 6, "every step must change the model"
     assert (fast - exact).abs().max() <= 3 * (stock - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
     return fast
@@ -71,10 +76,10 @@ def assert_same_curve(models, folder, **overrides):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_same_loss_curve(head, tmp_path):
-    models = trio(tiny_model(HEADS[head]))
-    assert_same_curve(models, tmp_path)
-    assert explain(models.fast).fallbacks == ()
-    assert explain(models.fast).stock_calls == {}
+    trios = [trio(tiny_model(HEADS[head], seed=seed)) for seed in range(4)]
+    assert_same_curve(trios, tmp_path)
+    assert explain(trios[0].fast).fallbacks == ()
+    assert explain(trios[0].fast).stock_calls == explain(trios[0].fast).whole_calls == {}
 
 
 def test_gradient_accumulation(tmp_path):
@@ -125,12 +130,11 @@ def test_gradient_checkpointing(reentrant, tmp_path):
     plain, checkpointed = dropped_out(), dropped_out()
     layer, calls = checkpointed.roberta.encoder.layer[1], []
     layer._block = lambda *args: calls.append(1) or type(layer)._block(layer, *args)
-    losses = loss_curve(trainer_of(plain, tmp_path))
-    again = loss_curve(
-        trainer_of(
-            checkpointed, tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-        )
-    )
+    # Fewer than eight rows, as the last layer would have them, have other bits where they are multiplied without a gradient.
+    rows = {"per_device_train_batch_size": 8}
+    losses = loss_curve(trainer_of(plain, tmp_path, **rows))
+    how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    again = loss_curve(trainer_of(checkpointed, tmp_path, **rows, **how))
     assert len(calls) == 2 * len(losses), "every layer must run again in backward"
     assert torch.equal(losses, again)
 
