@@ -36,12 +36,7 @@ def add_layer_norm_fwd_kernel(
         x_ptr, residual_ptr, seed_ptr, dropout_rows_ptr, stride_x_n, stride_residual_n, threshold, keep_scale,
         rows, real, columns, inside, BLOCK_C,
     )  # fmt: skip
-    mean = tl.sum(z, axis=1) / C
-    centered = tl.where(inside, z - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / C + eps)
-    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
-    y = centered * rstd[:, None] * weight[None, :] + bias[None, :]
+    y, mean, rstd = normalize(z, weight_ptr, bias_ptr, columns, inside, C, eps)
     offsets = rows.to(tl.int64)[:, None] * C + columns[None, :]
     tl.store(y_ptr + offsets, y, mask=inside)
     if q_ptr is not None:
@@ -50,6 +45,17 @@ def add_layer_norm_fwd_kernel(
     else:
         tl.store(mean_ptr + rows, mean, mask=rows < real)
         tl.store(rstd_ptr + rows, rstd, mask=rows < real)
+
+
+@triton.jit
+def normalize(z, weight_ptr, bias_ptr, columns, inside, C, eps):
+    """(LayerNorm's result, mean, rstd) of a float32 tile of whole rows, zero outside; weight_ptr, bias_ptr: [C]."""
+    mean = tl.sum(z, axis=1) / C
+    centered = tl.where(inside, z - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / C + eps)
+    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    return centered * rstd[:, None] * weight[None, :] + bias[None, :], mean, rstd
 
 
 @triton.jit
@@ -155,11 +161,11 @@ def _forward(x, residual, weight, bias, inverse, eps, dropout_p, results, seed, 
     """Fills ``results``: y, and y in eight bits or mean and rstd, those that are not None."""
     n, hidden = x.shape
     x, residual, weight, bias = (_unit_stride(t) for t in (x, residual, weight, bias))
-    tile = _tile(hidden, elements=16)
+    tile = row_tile(hidden, elements=16)
     if x.numel():
         add_layer_norm_fwd_kernel[(triton.cdiv(n, tile["BLOCK_N"]),)](
             x, residual, weight, bias, inverse, *results, seed, count, _unit_stride(dropout_rows),
-            n, hidden, x.stride(0), 0 if residual is None else residual.stride(0), eps, *_dropout(dropout_p), **tile,
+            n, hidden, x.stride(0), 0 if residual is None else residual.stride(0), eps, *dropout_factors(dropout_p), **tile,
         )  # fmt: skip
 
 
@@ -180,25 +186,26 @@ def add_layer_norm_bwd(
     dz = x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
     dx = x.new_empty(x.shape if dropout_p else (0,))
     dy, x, residual, weight = (_unit_stride(t) for t in (dy, x, residual, weight))
-    tile = _tile(hidden, elements=8)
+    tile = row_tile(hidden, elements=8)
     programs = row_programs(x, 1, tile["BLOCK_N"])
     dweight, dbias = (x.new_empty(programs, hidden, dtype=torch.float32) for _ in range(2))
     add_layer_norm_bwd_kernel[(programs,)](
         dy, x, residual, weight, mean, rstd, seed, count, _unit_stride(dropout_rows),
         dz, dx if dropout_p else None, dweight, dbias,
-        n, hidden, dy.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), *_dropout(dropout_p), **tile,
+        n, hidden, dy.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), *dropout_factors(dropout_p), **tile,
     )  # fmt: skip
     return dz, dx, sum_partials(dweight, weight.dtype), sum_partials(dbias, weight.dtype)
 
 
-def _tile(hidden: int, elements: int) -> dict[str, int]:
+def row_tile(hidden: int, elements: int) -> dict[str, int]:
     """Whole rows, 2,048 elements or one row a program, ``elements`` a thread; the same for a row whatever is in the batch."""
     block_c = max(8, triton.next_power_of_2(hidden))
     block_n = max(1, 2048 // block_c)
     return {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": min(16, block_n * block_c // (32 * elements))}
 
 
-def _dropout(p: float) -> tuple[int, float]:
+def dropout_factors(p: float) -> tuple[int, float]:
+    """What kernels know of dropout's probability."""
     return dropout.threshold(p), dropout.scale(p)
 
 

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from roberta_fast.kernels.add_layer_norm import dropout_factors, normalize, row_tile
 from roberta_fast.kernels.dropout import keep_mask
-from roberta_fast.ops import dropout
 
 
 @triton.jit
@@ -28,12 +28,7 @@ def embedding_fwd_kernel(
         ids_ptr, position_ids_ptr, token_type_ids_ptr, indices_ptr, word_ptr, position_ptr, token_type_ptr,
         real, S, C, words, positions, types, rows, columns,
     )  # fmt: skip
-    mean = tl.sum(z, axis=1) / C
-    centered = tl.where(inside, z - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / C + eps)
-    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
-    y = centered * rstd[:, None] * weight[None, :] + bias[None, :]
+    y, mean, rstd = normalize(z, weight_ptr, bias_ptr, columns, inside, C, eps)
     if seed_ptr is not None:
         y = tl.where(keep_mask(tl.load(seed_ptr), threshold, places, 0, 0, 0, BLOCK_C), y * keep_scale, 0.0)
     tl.store(y_ptr + rows.to(tl.int64)[:, None] * C + columns[None, :], y, mask=inside)
@@ -123,10 +118,10 @@ def embedding_fwd(
     mean, rstd = (word.new_empty(n, dtype=torch.float32) for _ in range(2))
     if y.numel():
         ids, tables, sizes = _arguments(input_ids, position_ids, token_type_ids, indices, word, position, token_type)
-        tile = _tile(hidden, elements=16)
+        tile = row_tile(hidden, elements=16)
         embedding_fwd_kernel[(triton.cdiv(n, tile["BLOCK_N"]),)](
             *ids, *tables, weight.contiguous(), bias.contiguous(), y, mean, rstd, seed, count,
-            n, input_ids.shape[1], hidden, *sizes, eps, *_dropout(dropout_p), **tile, **_CHECKED,
+            n, input_ids.shape[1], hidden, *sizes, eps, *dropout_factors(dropout_p), **tile, **_CHECKED,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -150,10 +145,10 @@ def embedding_bwd(
     if z.numel():
         dy = dy if dy.stride(1) == 1 else dy.contiguous()
         ids, tables, sizes = _arguments(input_ids, position_ids, token_type_ids, indices, word, position, token_type)
-        tile = _tile(dy.shape[1], elements=8)
+        tile = row_tile(dy.shape[1], elements=8)
         embedding_bwd_kernel[(triton.cdiv(dy.shape[0], tile["BLOCK_N"]),)](
             dy, *ids, *tables, z, through_dropout if dropout_p else None, seed, count,
-            dy.shape[0], input_ids.shape[1], dy.shape[1], *sizes, dy.stride(0), *_dropout(dropout_p), **tile, **_CHECKED,
+            dy.shape[0], input_ids.shape[1], dy.shape[1], *sizes, dy.stride(0), *dropout_factors(dropout_p), **tile, **_CHECKED,
         )  # fmt: skip
     return z, through_dropout
 
@@ -171,14 +166,3 @@ def _arguments(input_ids, position_ids, token_type_ids, indices, word, position,
 
 def _rows(input_ids, indices):
     return input_ids.numel() if indices is None else indices.shape[0]
-
-
-def _tile(hidden: int, elements: int) -> dict[str, int]:
-    """Whole rows, 2,048 elements or one row a program, ``elements`` a thread; the same for a row whatever is in the batch."""
-    block_c = max(8, triton.next_power_of_2(hidden))
-    block_n = max(1, 2048 // block_c)
-    return {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": min(16, block_n * block_c // (32 * elements))}
-
-
-def _dropout(p: float) -> tuple[int, float]:
-    return dropout.threshold(p), dropout.scale(p)

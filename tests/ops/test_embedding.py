@@ -58,7 +58,7 @@ class Case:
         indices, count = None, None
         if self.packed:
             capacity = None if self.behind is None else int((self.mask != 0).sum()) + self.behind + len(self.mask)
-            indices, _, count, _ = pack_indices(self.mask, capacity, backend="torch")
+            indices, _, count, *_ = pack_indices(self.mask, capacity, backend="torch")
         count = count if self.behind is not None else None
         tables = [random(rows, self.hidden, dtype=self.tables) for rows in (23, 50, 3)]
         tables[2] = None if self.types is None else tables[2]
