@@ -206,7 +206,9 @@ at::Tensor linear_fwd(const at::Tensor& given_x, const at::Tensor& given_weight,
   // Without a residual nothing of C is read.
   const at::Tensor residual = given_residual.has_value() ? with_whole_rows(*given_residual) : y;
 
-  const bool tf32 = type == at::kFloat && at::globalContext().allowTF32CuBLAS();
+  // allowTF32CuBLAS() throws where it was set by fp32_precision alone.
+  const bool tf32 = type == at::kFloat && at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                                              at::Float32Precision::TF32;
   cublasLtMatmulDesc_t made = nullptr;
   check(library().description_create(&made, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F),
         "cublasLtMatmulDescCreate");
