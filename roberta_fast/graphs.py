@@ -251,10 +251,9 @@ def _rounded_up(number):
 
 def _settings(device_type):
     """What operations ask the process for, not their arguments."""
-    matmul = torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
     return (
         _autocast_dtype(device_type),
-        *matmul,
+        torch.backends.cuda.matmul.fp32_precision,  # torch.get_float32_matmul_precision() throws where this alone was set
         torch.are_deterministic_algorithms_enabled(),
         os.environ.get("ROBERTA_FAST_BACKEND"),
     )

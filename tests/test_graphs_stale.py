@@ -107,6 +107,18 @@ class TestStale:
         states(model, mask)
         assert graphs_of(model).captures == 2
 
+    def test_tf32_of_the_new_interface_alone(self):
+        """torch's getter of the old one throws then."""
+        model, mask = fast_model(), MASKS["right padding"]
+        states(model, mask)
+        before = torch.backends.cuda.matmul.fp32_precision
+        try:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            assert_as_eager(model, mask)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+        assert graphs_of(model).captures == 2
+
     def test_training_frees_them(self):
         model, mask = fast_model(), MASKS["right padding"]
         states(model, mask)
