@@ -26,6 +26,10 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
         # torch drops the tangents of an operation without a rule for them, and says nothing.
         if forward_ad._current_level >= 0:
             raise NotImplementedError(f"roberta_fast::{name} has no forward-mode derivative")
+        first = arguments[0]
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.device):  # Triton launches on the current one
+                return implementation(*arguments)
         return implementation(*arguments)
 
     _library.define(schema)

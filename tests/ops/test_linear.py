@@ -174,6 +174,19 @@ def test_offsets_beyond_31_bits():
     assert (dweight == inner).all()
 
 
+@pytest.mark.gpu
+def test_runs_on_the_tensors_device():
+    """Not on the current one, where they differ: neither with the dispatcher nor without."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    case = Case(70, 72, 40, hidden=9, dtype=torch.bfloat16)
+    inputs, dy = case.inputs("cuda:1")
+    fast = run(case, inputs, dy, "triton")
+    check(fast, composed(case, inputs, dy), composed(case, in_double(inputs), dy.double()))
+    count = torch.tensor([70], dtype=torch.int32, device="cuda:1")
+    assert torch.equal(linear(*inputs[:3], count=count, backend="triton"), fast["y"])
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_reference_is_torch_linear(residual):
     """Forward against PyTorch's, backward against its autograd, in float64."""
