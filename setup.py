@@ -128,7 +128,7 @@ def extensions(torch, cpp_extension, cuda_sources: list[str]) -> list[Extension]
     flags = {"cxx": CXX_FLAGS + system, "nvcc": NVCC_FLAGS}
     cuda = cuda_includes(torch, cpp_extension.CUDA_HOME) if cuda_sources else []
     operators = cpp_extension.CUDAExtension if cuda_sources else cpp_extension.CppExtension
-    return [
+    extensions = [
         Extension(
             "roberta_fast._C",
             ["csrc/bindings.cpp", *sorted(glob("csrc/data/*.cpp"))],
@@ -147,6 +147,11 @@ def extensions(torch, cpp_extension, cuda_sources: list[str]) -> list[Extension]
             extra_link_args=OPENMP,
         ),
     ]
+    # CUDA_HOME is guessed by nvcc's folder and may hold a script alone. c10_cuda brings the library that torch runs on anyway.
+    linked = extensions[1]
+    if cuda_sources and not any(Path(folder, "libcudart.so").exists() for folder in linked.library_dirs):
+        linked.libraries.remove("cudart")
+    return extensions
 
 
 setup(
