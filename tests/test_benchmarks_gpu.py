@@ -64,6 +64,26 @@ class TestGpu:
         assert gpu.call(settings(tmp_path), stage, sys.executable, "-c", "import time; time.sleep(60)") == gpu.OUT_OF_TIME
         assert time.monotonic() - start < 10
 
+    def test_an_install_falls_back_where_cuda_does_not_build(self, tmp_path, monkeypatch):
+        builds = []
+
+        def call(settings, stage, *command, **environment):
+            if "pip" in command:
+                builds.append(environment.get("ROBERTA_FAST_BUILD"))
+            return int("pip" in command and len(builds) < 2)
+
+        monkeypatch.setattr(gpu, "call", call)
+        (tmp_path / "venv/bin").mkdir(parents=True)
+        (tmp_path / "venv/bin/python").touch()
+        (tmp_path / "venv/lib/python3/site-packages").mkdir(parents=True)
+        here = settings(tmp_path, device="cuda", venv=tmp_path / "venv")
+        assert gpu.install(here, gpu.all_stages(here)["install"]) == 0 and builds == [None, "cpu"]
+
+    def test_files_without_gpu_tests_are_not_imported(self):
+        """What they need may not be installed there; one that does not import would stop all."""
+        names = {path.name for path in gpu.other_gpu_tests()}
+        assert {"test_graphs_gpu.py", "test_fp8.py", "test_packing.py"} <= names and "test_page.py" not in names
+
     def test_parts_are_all_stages(self, tmp_path):
         stages = gpu.all_stages(settings(tmp_path, tiny=False))
         assert {stage.part for stage in stages.values()} == set(gpu.PARTS)
