@@ -161,9 +161,11 @@ def _drop(weights, segment, query_only, dropout_p, seed):
 
 def _forward_implementation(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
                             query_only, dropout_p, seed, deterministic, order, backend, inverse=None):  # fmt: skip
-    run = dispatch.choose("attention", facts_of(query, query.shape[-1], deterministic=deterministic), backend).run
-    return run(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, query_only,
-               dropout_p, seed, deterministic, order, *(() if inverse is None else (inverse,)))  # fmt: skip
+    choice = dispatch.choose("attention", facts_of(query, query.shape[-1], deterministic=deterministic), backend)
+    rounds_itself = inverse is not None and choice.backend != "cpp"
+    out, lse = choice.run(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, query_only,
+                          dropout_p, seed, deterministic, order, *((inverse,) if rounds_itself else ()))  # fmt: skip
+    return (out if inverse is None or rounds_itself else fp8_quantize_ref(out, inverse)), lse
 
 
 def _forward_fake(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, query_only,

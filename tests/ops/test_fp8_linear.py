@@ -144,6 +144,14 @@ def test_attention_rounds_its_own_result(backend, longest):
     assert (off <= torch.maximum(exact.abs() * HALF_STEP, torch.tensor(2.0**-10)) * 1.01).all()
 
 
+def test_attention_on_the_cpu_rounds_what_its_kernel_gives():
+    query = torch.randn(9, 2, 24)
+    bounds, inverse = segment_bounds([9]), torch.rand(2, 24) * 300 + 100
+    rounded = attention(query, query, query, bounds, bounds, 9, 9, inverse=inverse)
+    wanted = attention(query, query, query, bounds, bounds, 9, 9) * inverse
+    assert torch.equal(rounded.float(), wanted.clamp(-LARGEST, LARGEST).to(E4M3).float())
+
+
 def test_quantize_and_rows_behind_the_count(backend):
     x, gamma, beta, _, _ = (t.to(backend.device) for t in layer())
     inverse = inverse_of(layer_norm_bound(gamma, beta))
