@@ -12,7 +12,7 @@ import triton.language as tl
 from roberta_fast.kernels.fp8 import to_e4m3
 from roberta_fast.ops import add_layer_norm, add_layer_norm_fp8, attention, fp8_linear, fp8_quantize, quantize_weight_fp8
 from roberta_fast.ops.fp8_linear import E4M3, LARGEST, inverse_of, layer_norm_bound, linear_bound
-from roberta_fast.testing import poisoned, segment_bounds, ulp_error
+from roberta_fast.testing import assert_close_as_torch, poisoned, segment_bounds, ulp_error
 
 
 @pytest.fixture(params=["triton", "torch"])
@@ -150,6 +150,13 @@ def test_attention_on_the_cpu_rounds_what_its_kernel_gives():
     rounded = attention(query, query, query, bounds, bounds, 9, 9, inverse=inverse)
     wanted = attention(query, query, query, bounds, bounds, 9, 9) * inverse
     assert torch.equal(rounded.float(), wanted.clamp(-LARGEST, LARGEST).to(E4M3).float())
+
+
+def test_the_rule_holds_8_bits():
+    x = torch.arange(16).to(E4M3)
+    assert_close_as_torch(x, x, x)
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_close_as_torch((x.float() / 0).to(E4M3), x, x)
 
 
 def test_quantize_and_rows_behind_the_count(backend):
