@@ -156,7 +156,7 @@ def test_the_rule_holds_8_bits():
     x = torch.arange(16).to(E4M3)
     assert_close_as_torch(x, x, x)
     with pytest.raises(AssertionError, match="not finite"):
-        assert_close_as_torch(x.float().log().to(E4M3), x, x)
+        assert_close_as_torch((x.float() / 0).to(E4M3), x, x)
 
 
 def test_quantize_and_rows_behind_the_count(backend):
