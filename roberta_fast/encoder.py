@@ -128,10 +128,8 @@ class FastEncoder(graphs.GraphHolder, Reporting):
 
     def packed_objection(self) -> str | None:
         """Why rows that were packed before the embeddings cannot be run through the layers, or None."""
-        if not len(self.layer):
-            return "the encoder has no layers"
         watched = (f"a hook on {type(layer).__name__}" for layer in self.layer if is_watched(layer))
-        return encoder_objection(self) or next(watched, None)
+        return encoder_objection(self) or next(watched, None) or (None if len(self.layer) else "the encoder has no layers")
 
     def prepared(self, batch: PackedBatch, rows: torch.Tensor, watched: bool = False) -> PackedBatch:
         """``batch`` with what this encoder decides for each call on ``rows``: whether its layers compute in 8 bits, and from
@@ -176,8 +174,7 @@ class FastEncoder(graphs.GraphHolder, Reporting):
         if self.fast_options.precision is None:
             return False
         layers = [unwrapped(layer) for layer in self.layer]
-        if self.fast_options.precision == "fp8":
-            copies.check_bounds(layers, *self.norm_before)
+        copies.check_bounds(layers, *self.norm_before)
         reason = copies.call_objection(self, hidden_states)
         if watched and self.fast_options.precision == "fp8":
             reason = reason or "who sees hidden states between the layers might change them, and fp8 relies on their bounds"
