@@ -31,7 +31,7 @@ class CopiesHolder:
     def _apply(self, fn: Callable, recurse: bool = True):
         if isinstance(self.copies, str):
             return super()._apply(fn, recurse)
-        before = torch.empty(0, device=self.copies.device)
+        before = torch.empty(0, dtype=self.copies.sources[0].dtype, device=self.copies.device)
         after = fn(before)
         if (after.device, after.dtype) != (before.device, before.dtype):
             drop(self, f"a move to {after.dtype} on {after.device}")
@@ -116,6 +116,18 @@ def copies_of(layer: nn.Module, parts: LayerParts) -> Int8Linears | Fp8Linears |
             drop(layer, f"a replaced {name} ({type(module).__name__})")
             return None
     return layer.copies
+
+
+def check_bounds(layers: list[nn.Module], norm: nn.Module | None) -> None:
+    """Drops the copies of layers whose input comes from another LayerNorm than the one by which they are scaled.
+
+    norm: the LayerNorm before the first of them, None where it is not known.
+    """
+    for layer in layers:
+        scaled_by = None if isinstance(layer.copies, str) else layer.copies.before
+        if scaled_by is not None and scaled_by is not getattr(norm, "weight", None):
+            drop(layer, "another LayerNorm before the layer")
+        norm = layer_parts(layer).output_norm
 
 
 def call_objection(encoder: nn.Module, hidden_states: torch.Tensor) -> str | None:

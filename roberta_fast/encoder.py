@@ -129,7 +129,7 @@ class FastEncoder(graphs.GraphHolder, Reporting):
     def packed_objection(self) -> str | None:
         """Why rows that were packed before the embeddings cannot be run through the layers, or None."""
         watched = (f"a hook on {type(layer).__name__}" for layer in self.layer if is_watched(layer))
-        return encoder_objection(self) or next(watched, None)
+        return encoder_objection(self) or next(watched, None) or (None if len(self.layer) else "the encoder has no layers")
 
     def prepared(self, batch: PackedBatch, rows: torch.Tensor, watched: bool = False) -> PackedBatch:
         """``batch`` with what this encoder decides for each call on ``rows``: whether its layers compute in 8 bits, and from
@@ -151,7 +151,8 @@ class FastEncoder(graphs.GraphHolder, Reporting):
         # As Hugging Face's checkpointing has it: what is computed twice fills no cache.
         fills = past_key_values is not None and (past or not recomputes)
         cache = {"past_key_values": past_key_values} if fills else {}
-        dtype, batches = rows.dtype, [batch] * (len(self.layer) - 1) + [batch._replace(first_rows=first_rows)]
+        dtype, batches = rows.dtype, [batch] * len(self.layer)
+        batches[-1:] = [batch._replace(first_rows=first_rows)] if batches else []
         try:
             for layer, layer_batch in zip(self.layer, batches, strict=True):
                 call_layer = functools.partial(checkpoint, layer, use_reentrant=False) if recomputes else layer
@@ -173,6 +174,7 @@ class FastEncoder(graphs.GraphHolder, Reporting):
         if self.fast_options.precision is None:
             return False
         layers = [unwrapped(layer) for layer in self.layer]
+        copies.check_bounds(layers, *self.norm_before)
         reason = copies.call_objection(self, hidden_states)
         if watched and self.fast_options.precision == "fp8":
             reason = reason or "who sees hidden states between the layers might change them, and fp8 relies on their bounds"
@@ -304,7 +306,8 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
             # A forward that was replaced before calls the stock one; one that is replaced from now on calls the fast one.
             if "forward" in layer.__dict__:
                 layer.forward_before = True
-    copies.prepare(encoder.layer, options, _norm_before(owners))
+    encoder.norm_before = (_norm_before(owners),)  # in a tuple, as it is no module of the encoder's
+    copies.prepare(encoder.layer, options, *encoder.norm_before)
     prepacked.forget(encoder)
     if encoder_objection(encoder) is None:
         padding_mask.mark((*_attentions(encoder), *owners))
@@ -313,7 +316,8 @@ def make_fast(encoder: nn.Module, options: FastOptions, owners: Sequence[nn.Modu
 def _norm_before(owners):
     """The LayerNorm whose result an encoder takes in, where a model that holds it has one at the end of its embeddings."""
     for owner in owners:
-        if isinstance(getattr(owner, "embeddings", None), nn.Module) and not hasattr(owner, "embeddings_project"):
+        adds_behind = hasattr(owner, "embeddings_project") or not getattr(owner.config, "concat_input", True)  # RoCBert's
+        if isinstance(getattr(owner, "embeddings", None), nn.Module) and not adds_behind:
             return getattr(owner.embeddings, "LayerNorm", None)
     return None
 
@@ -337,7 +341,7 @@ def make_stock(encoder: nn.Module, owners: Sequence[nn.Module] = ()) -> None:
         for name in ("forward_before", "copies"):
             layer.__dict__.pop(name, None)
     stock = encoder.stock
-    for name in ("fast_options", "stock_calls", "fp32_calls", "graphs", "family", "stock"):
+    for name in ("fast_options", "stock_calls", "fp32_calls", "graphs", "norm_before", "family", "stock"):
         encoder.__dict__.pop(name, None)
     encoder.__class__ = stock
 

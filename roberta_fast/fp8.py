@@ -52,7 +52,7 @@ class Fp8Linears(NamedTuple):
 
     context_inverse: [H, D], the factors by which its attention rounds its result; following: those of its last LayerNorm, for the
     next layer.
-    sources: the weights of the modules ``reads`` that scales and copies are of.
+    sources: the weights of the modules ``reads`` that scales and copies are of. before: that of the LayerNorm before the layer.
     """
 
     projections: Fp8Linear
@@ -62,6 +62,7 @@ class Fp8Linears(NamedTuple):
     context_inverse: torch.Tensor
     following: torch.Tensor
     sources: tuple[torch.Tensor, ...]
+    before: torch.Tensor
 
     precision = "fp8"
     operations = ("fp8_linear", "fp8_quantize", "add_layer_norm_fp8")
@@ -90,6 +91,7 @@ class Fp8Linears(NamedTuple):
             _fixed(context.inverse.view(-1, parts.attention.attention_head_size)),
             _fixed(inverse_of(layer_norm_bound(parts.output_norm.weight, parts.output_norm.bias))),
             tuple(getattr(parts, name).weight for name in cls.reads),
+            norm.weight,
         )
 
     @property

@@ -125,7 +125,10 @@ class GraphSet:
                 reason = _encoder_objection(encoder, device) or _embeddings_objection(call.embeddings, device)
                 if reason:
                     return reason
-                self._snapshot = Snapshot(encoder, call.embeddings)
+                snapshot = Snapshot(encoder, call.embeddings)
+                if not snapshot.holds(encoder, call.embeddings):  # it would not before the next call either
+                    return "a hook or a replaced forward somewhere inside a layer"
+                self._snapshot = snapshot
                 self._recorder = RECORDERS[device.type](device)
             capacity = capacity_for(*call.first.shape[:2], self._snapshot.longest)
             kinds = tuple((name, tensor.shape[2:], tensor.dtype) for name, tensor in call.inputs.items())
@@ -253,7 +256,7 @@ def _settings(device_type):
     """What operations ask the process for, not their arguments."""
     return (
         _autocast_dtype(device_type),
-        torch.backends.cuda.matmul.fp32_precision,  # torch.get_float32_matmul_precision() throws where this alone was set
+        torch.backends.cuda.matmul.fp32_precision,  # torch.get_float32_matmul_precision() raises where this one was set
         torch.are_deterministic_algorithms_enabled(),
         os.environ.get("ROBERTA_FAST_BACKEND"),
     )
@@ -299,9 +302,15 @@ def _call_objection(encoder, call, collected):
 
 def _encoder_objection(encoder, device):
     """Why no graph can stand for this encoder now, or None. A replay passes over Python code, so only our own may be in it."""
+    if not len(encoder.layer):
+        return "there are no layers"
     for layer in encoder.layer:
         if not isinstance(layer, FastLayer):
             return f"a {type(layer).__name__} around a layer"
+        if "forward" in layer.__dict__:
+            return f"a replaced forward of {type(layer).__name__}"
+        if layer._compiled_call_impl is not None:
+            return f"a {type(layer).__name__} is compiled by itself"
         parts = layer_parts(layer)
         if foreign_hooks(layer):
             return f"a hook on {type(layer).__name__}"

@@ -53,6 +53,8 @@ def fused_forward(stock: type[nn.Module], causal: bool) -> Callable:
     @can_return_tuple
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
+        if not isinstance(self, FastLanguageModel):  # restored, while someone kept this forward
+            return stock.forward(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         labels = given.pop("labels", None)
         if labels is None or not self.training or not self.fast_options.fuse_lm_head:

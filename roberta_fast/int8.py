@@ -41,6 +41,7 @@ class Int8Linears(NamedTuple):
     operations = ("int8_linear", "int8_feed_forward")
     reads = LINEARS
     device = torch.device("cpu")
+    before = None  # no bound of what comes in is asked for
     inverses, context_inverse = (None, None), None  # nothing but the products themselves rounds to 8 bits
 
     @classmethod

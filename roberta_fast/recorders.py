@@ -31,9 +31,11 @@ class CudaRecorder:
     """
 
     _one_at_a_time = threading.Lock()  # of all captures of the process, as torch demands
+    _streams: dict[torch.device, torch.cuda.Stream] = {}  # one a device: torch hands the same 32 out again and again
 
     def __init__(self, device: torch.device):
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device = device
+        self._stream = self._streams.get(device) or self._streams.setdefault(device, torch.cuda.Stream(device))
         self._pool = torch.cuda.graph_pool_handle()
         self._done, self._last = torch.cuda.Event(), None
 

@@ -107,16 +107,16 @@ class TestStale:
         states(model, mask)
         assert graphs_of(model).captures == 2
 
-    def test_tf32_of_the_new_interface_alone(self):
-        """torch's getter of the old one throws then."""
-        model, mask = fast_model(), MASKS["right padding"]
-        states(model, mask)
-        before = torch.backends.cuda.matmul.fp32_precision
+    @pytest.mark.parametrize("owner", [torch.backends, torch.backends.cuda.matmul], ids=["all", "CUDA"])
+    def test_float32_by_torchs_newer_setting(self, owner):
+        """Beside which torch.get_float32_matmul_precision() raises."""
+        model, mask, before = fast_model(), MASKS["right padding"], owner.fp32_precision
         try:
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-            assert_as_eager(model, mask)
+            for precision in ("ieee", "tf32", "ieee"):
+                owner.fp32_precision = precision
+                assert_as_eager(model, mask)
         finally:
-            torch.backends.cuda.matmul.fp32_precision = before
+            owner.fp32_precision = before
         assert graphs_of(model).captures == 2
 
     def test_training_frees_them(self):
@@ -172,6 +172,21 @@ def parametrize(model):
     torch.nn.utils.parametrizations.weight_norm(model.encoder.layer[0].output.dense)
 
 
+def replace_a_layers_forward(model):
+    layer = model.encoder.layer[1]
+    layer.forward = layer.forward
+
+
+def hook_deep_inside(model):
+    model.encoder.layer[0].intermediate.intermediate_act_fn = nn.Sequential(nn.ReLU())
+    model.encoder.layer[0].intermediate.intermediate_act_fn[0].register_forward_hook(lambda *call: None)
+
+
+def compile_a_layer(model):
+    model.encoder.layer[1].compile(backend="eager")
+    model.encoder.graphs.clear()
+
+
 def drop_out(model):
     model.encoder.layer[0].output.dropout.train()
 
@@ -185,6 +200,9 @@ DECLINED = {
     hook_a_module: "a hook on RobertaOutput",
     adapt: "query is called as a module",
     replace_a_forward: "a replaced forward of RobertaOutput",
+    replace_a_layers_forward: "a replaced forward of RobertaLayer",
+    hook_deep_inside: "a hook or a replaced forward somewhere inside a layer",
+    compile_a_layer: "a RobertaLayer is compiled by itself",
     parametrize: "output is called as a module",
     drop_out: "a dropout is in training mode",
     another_activation: "the activation is a Adapter",

@@ -72,7 +72,10 @@ class Engine:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        is_quantized = Path(settings.model, QUANTIZED_FILE).is_file()
+        if is_quantized and settings.device == "cuda":
+            raise ValueError(f"--model {settings.model} holds 8-bit weights for --device cpu, not cuda")
+        self.device = settings.device or ("cuda" if torch.cuda.is_available() and not is_quantized else "cpu")
         self.options = self._options()
         self.config, self.task = task_of(settings)
         self.max_batch_tokens = (

@@ -1,6 +1,7 @@
 """Heads that read the first token: the last layer computes one row of each text, and nothing else changes."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -294,3 +295,15 @@ def test_restored():
     accelerate_model(model)
     assert isinstance(model, FastHead) and head_objection(model) is None
     assert type(restore_model(model)) is stock_class and not {"fast_options", "whole_calls"} & set(model.__dict__)
+
+
+@pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "RobertaModel", "RobertaForMaskedLM"])
+def test_restored_while_someone_keeps_the_forward(name):
+    """As Accelerate's ``prepare`` does under mixed precision: the forward becomes a wrapper around that of the class."""
+    model = head(name=name).train()
+    inputs = random_inputs(RIGHT, model.config)
+    inputs |= {"labels": RIGHT} if name.endswith("MaskedLM") else {}
+    expected = model(**inputs)[0]
+    accelerate_model(model)
+    model.forward = types.MethodType(type(model).forward, model)
+    assert torch.equal(restore_model(model)(**inputs)[0], expected)

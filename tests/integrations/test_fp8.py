@@ -97,8 +97,32 @@ def test_what_drops_the_copies(stock, inputs, cause):
 def test_a_replaced_norm_drops_its_layers_copies(stock, inputs):
     model = fp8(stock)
     model.roberta.encoder.layer[1].output.LayerNorm = torch.nn.LayerNorm(64)
-    logits(model, inputs)
+    with pytest.warns(RuntimeWarning, match="another LayerNorm before the layer dropped them"):
+        logits(model, inputs)
+    assert explain(model).precision == "fp8 linear layers in 1 of 3 layers"
     assert "a replaced output_norm (LayerNorm) dropped them" in str(explain(model))
+
+
+def test_layers_behind_another_norm_do_without(stock, inputs):
+    """Their scales would be those of what no longer comes in, and the row that comes in 8 bits would be scaled by others."""
+    layers = stock.roberta.encoder.layer
+    for layer, wide in zip(layers, (slice(0, 32), slice(32, 64)), strict=False):
+        layer.output.LayerNorm.weight.data[wide] *= 50
+    for missing in (0, 1):
+        shorter = copy.deepcopy(stock)
+        del shorter.roberta.encoder.layer[missing]
+        model = fp8(stock)
+        del model.roberta.encoder.layer[missing]
+        with pytest.warns(RuntimeWarning, match="another LayerNorm before the layer dropped them"):
+            ours = logits(model, inputs)
+        theirs = logits(shorter, inputs)
+        assert (ours - theirs).abs().max() < 0.2 * theirs.abs().max()
+
+
+def test_a_conversion_to_the_dtype_that_it_has_keeps_the_copies(stock, inputs):
+    model = fp8(stock.bfloat16())
+    model.to(torch.bfloat16)
+    assert explain(model).precision == "fp8 linear layers in 3 of 3 layers"
 
 
 def test_calls_that_compute_in_the_models_own_precision(stock, inputs):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from model_trio import tiny_inputs, tiny_model, trio
 from torch import nn
 from transformers import AutoModel, BertModel, DistilBertModel, RobertaForMaskedLM, RobertaModel
@@ -273,6 +274,27 @@ def test_calls_of_the_stock_encoder_embed_as_before_too(requested):
     output = output if isinstance(output, torch.Tensor) else output.last_hidden_state
     assert torch.allclose(output[RIGHT.bool()], expected[RIGHT.bool()], atol=1e-5)
     assert sum(explain(fast).whole_calls.values()) == 1
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_more_tokens_than_positions(model_type):
+    """The stock model's own error, as on a GPU an assertion that fails would end all that the process has there."""
+    stock = base_model(model_type)
+    errors = []
+    for model in (stock, accelerate_model(copy.deepcopy(stock))):
+        with pytest.raises(RuntimeError) as raised:
+            model(input_ids=torch.full((1, stock.config.max_position_embeddings + 1), 7))
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1] and explain(model).whole_calls == {"more tokens than positions": 1}
+
+
+@pytest.mark.parametrize("name", ["RobertaModel", "RobertaForSequenceClassification"])
+def test_an_encoder_without_layers(name):
+    stock = tiny_model(getattr(transformers, name), "roberta", **NO_DROPOUT, num_hidden_layers=0).eval()
+    fast, inputs = accelerate_model(copy.deepcopy(stock)), random_inputs(RIGHT, stock.config)
+    got, expected = fast(**inputs)[0], stock(**inputs)[0]
+    real = RIGHT.bool() if got.dim() == 3 else slice(None)
+    torch.testing.assert_close(got[real], expected[real])
 
 
 def test_restored_pickled_and_saved(tmp_path):
