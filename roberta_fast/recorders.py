@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -31,7 +31,7 @@ class CudaRecorder:
     """
 
     _one_at_a_time = threading.Lock()  # of all captures of the process, as torch demands
-    _streams: dict[torch.device, torch.cuda.Stream] = {}  # one a device: torch hands the same 32 out again and again
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # one a device: torch hands the same 32 out again and again
 
     def __init__(self, device: torch.device):
         self._device = device
