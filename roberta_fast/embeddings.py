@@ -104,8 +104,9 @@ def packed_forward(stock: type[nn.Module]) -> Callable:
             self._count_whole(reason)
             return stock.forward(self, *args, **kwargs)
         output = self._forward_packed(given, first_rows)
-        as_tuple = given.get("return_dict", getattr(self.config, "return_dict", True)) is False
-        return output.to_tuple() if as_tuple else output
+        as_model = given.get("return_dict")
+        as_model = getattr(self.config, "return_dict", True) if as_model is None else as_model
+        return output if as_model else output.to_tuple()
 
     return forward
 

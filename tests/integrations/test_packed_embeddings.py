@@ -50,6 +50,8 @@ def test_outputs(model_type, mask):
     assert not fast.last_hidden_state[~seen].any()
     as_tuple = models.fast(**inputs, return_dict=False)
     assert type(as_tuple) is tuple and all(map(torch.equal, as_tuple, fast.to_tuple()))
+    models.fast.config.return_dict = False
+    assert type(models.fast(**inputs, return_dict=None)) is tuple
     assert_packed(models.fast)
 
 
