@@ -181,7 +181,7 @@ def _parser():
         help="of a request's body (default: %(default)s)",
     )
     add("--timeout", type=_seconds, default=defaults.timeout, help="seconds for a request; queued ones are dropped (default: 30)")
-    add("--api-key-file", type=Path, help="a file with the bearer token that requests must bring")
+    add("--api-key-file", type=Path, help="a file whose one line is the bearer token that requests must bring")
     add("--access-log", action="store_true", help="log a line a request, with its path")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info")
     return parser
