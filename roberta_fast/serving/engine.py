@@ -324,6 +324,8 @@ def _loaded(auto, name, **options):
     try:
         return auto.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
+        if Path(name).is_absolute() and not Path(name).is_dir():
+            raise ValueError(f"--model {name} cannot be loaded: there is no such folder") from error
         raise ValueError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 

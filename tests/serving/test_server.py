@@ -143,6 +143,7 @@ def test_workers_that_cannot_load_end_the_command(checkpoint):
     ("arguments", "message"),
     [
         (["--model", "no/such-folder"], "--model no/such-folder cannot be loaded"),
+        (["--model", "/no/such-folder"], "--model /no/such-folder cannot be loaded: there is no such folder"),
         (["--model", "MODEL", "--task", "summarization"], "invalid choice: 'summarization'"),
         (["--model", "MODEL", "--timeout", "0"], "'0' is not a number of seconds above 0"),
         (["--model", "MODEL", "--max-batch-tokens", "-1"], "'-1' is not a whole number from 1 on"),
