@@ -179,6 +179,7 @@ def _add_routes(app, service):
         """The cosine of each sentence with the source sentence."""
         service.check_task("embedding")
         parameters, others = body.parameters or schemas.SimilarityParameters(), body.inputs.sentences
+        jobs.not_empty("sentences", others)
         options = (_truncation(parameters.truncate, parameters.truncation_direction), True, None, parameters.prompt_name)
 
         def shape(vectors):
@@ -271,10 +272,9 @@ def _handle_errors(app):
         if not _is_json(request.headers.get("content-type", "")):
             return _error(request, 415, "validation", "Content-Type must be application/json")
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        if first["type"] == "json_invalid":
+        if first["type"] == "json_invalid" or (first["type"], first["loc"]) == ("missing", ("body",)):
             return _error(request, 400, "validation", "the body is not JSON")
-        return _error(request, 422, "validation", f"{place or 'body'}: {first['msg']}")
+        return _error(request, 422, "validation", _complaint(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def refused(request, error):
@@ -284,6 +284,24 @@ def _handle_errors(app):
 
 def _error(request, status, error_type, message, headers=None):
     return JSONResponse(body_of(request.url.path, status, error_type, message), status, headers)
+
+
+def _complaint(errors):
+    """What is wrong with the first field: of a field of several forms, with the form that the body comes closest to."""
+    alike = [(_place(error), error["msg"]) for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    place, message = max(alike, key=lambda pair: len(pair[0]))
+    return f"{'.'.join(map(str, place)) or 'body'}: {message}"
+
+
+def _place(error):
+    """Where in the body an error is, without pydantic's names of the forms of a union."""
+    *parents, last = error["loc"][1:] or [""]
+    names = [part for part in parents if not _is_form(part)]
+    return [*names, last] if error["type"] == "extra_forbidden" or not _is_form(last) else names
+
+
+def _is_form(part):
+    return isinstance(part, str) and (not part.isidentifier() or part in ("", "str") or hasattr(schemas, part))
 
 
 def _is_json(content_type):

@@ -58,7 +58,7 @@ class Service:
     def check_task(self, task: str) -> None:
         """Raises RequestError, backend, where the model is of another task."""
         if self.engine.task != task:
-            raise RequestError("backend", f"model is not a {task} model, but one for {self.engine.task}")
+            raise RequestError("backend", f"model is not one for {task}, but for {self.engine.task}")
 
     async def respond(
         self, request: Request, count: int, prepare: Callable, *arguments, shape: Callable[[Any], Any] = lambda result: result

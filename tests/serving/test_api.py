@@ -188,7 +188,7 @@ def test_huggingface_hub_s_client(server, sentences):
 
 def test_a_route_of_another_task(server):
     error = post(server("embedding"), "/predict", {"inputs": "text"}, 424)
-    assert error == {"error": "model is not a text-classification model, but one for embedding", "error_type": "backend"}
+    assert error == {"error": "model is not one for text-classification, but for embedding", "error_type": "backend"}
 
 
 def test_probes_and_info(server):
