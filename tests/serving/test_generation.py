@@ -299,18 +299,26 @@ def test_deadlines_and_disconnections_end_a_text_between_tokens(slow_server):
 
 
 def test_a_short_text_does_not_wait_for_a_long_one_beside_it(slow_server):
-    done = {}
+    """Both are queued behind a first one, whose only step is held until they are."""
+    done, both_wait = {}, threading.Event()
+    slow_server.service.engine.model.register_forward_pre_hook(lambda *_: both_wait.wait(5) and None)
 
     def ask(length):
         slow_server.post("/generate", json={"inputs": "Scrooge", "parameters": {"max_new_tokens": length}})
         done[length] = time.monotonic()
 
-    threads = [threading.Thread(target=ask, args=(length,)) for length in (1, 2, 15)]
-    for thread in threads:
-        thread.start()
+    threads = [threading.Thread(target=ask, args=(length,)) for length in (1, 2, 12)]
+    threads[0].start()
+    while not slow_server.steps:
+        time.sleep(0.002)
+    threads[1].start()
+    threads[2].start()
+    while slow_server.service.batcher.admitted_requests < 3:
+        time.sleep(0.002)
+    both_wait.set()
     for thread in threads:
         thread.join()
-    assert done[15] - done[2] > 0.3 and len(slow_server.steps) < 18
+    assert done[12] - done[2] > 0.3 and len(slow_server.steps) == 13
 
 
 @pytest.mark.parametrize(
