@@ -139,6 +139,7 @@ def test_workers_that_cannot_load_end_the_command(checkpoint):
     assert "has no weights for --task question-answering" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:roberta_fast. embedding on cpu bfloat16:RuntimeWarning")  # before what is refused
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
