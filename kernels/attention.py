@@ -202,21 +202,20 @@ def attention_fwd(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, m
     name = "forward_dropout" if dropout_p else "forward"
     out = torch.empty(query.shape, dtype=query.dtype if inverse is None else torch.float8_e4m3fn, device=query.device)
     lse = torch.empty((heads, rows), dtype=torch.float32, device=query.device)
-    with torch.cuda.device_of(query):
-        tile = tuning.short_attention_tile(name, query, lengths)
-        if tile is not None:
-            kernel, heads_or_blocks = attention_fwd_short_kernel, tuning.heads_per_program(tile, query, segments)
-            programs = triton.cdiv(heads, heads_or_blocks) * segments
-        else:
-            kernel, tile = attention_fwd_kernel, tuning.attention_tile(name, query, lengths)
-            heads_or_blocks = triton.cdiv(max_seqlen_q, tile.block_m)
-            programs = heads_or_blocks * heads * segments
-        kernel[(programs,)](
-            query, key, value, inverse, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, order,
-            *_strides(query, key, value), rows, heads, heads_or_blocks,
-            scale, dropout.threshold(dropout_p), dropout.scale(dropout_p),
-            **_options(query, tile, causal, query_only, dropout_p),
-        )  # fmt: skip
+    tile = tuning.short_attention_tile(name, query, lengths)
+    if tile is not None:
+        kernel, heads_or_blocks = attention_fwd_short_kernel, tuning.heads_per_program(tile, query, segments)
+        programs = triton.cdiv(heads, heads_or_blocks) * segments
+    else:
+        kernel, tile = attention_fwd_kernel, tuning.attention_tile(name, query, lengths)
+        heads_or_blocks = triton.cdiv(max_seqlen_q, tile.block_m)
+        programs = heads_or_blocks * heads * segments
+    kernel[(programs,)](
+        query, key, value, inverse, out, lse, cu_seqlens_q, cu_seqlens_k, query_only, seed, order,
+        *_strides(query, key, value), rows, heads, heads_or_blocks,
+        scale, dropout.threshold(dropout_p), dropout.scale(dropout_p),
+        **_options(query, tile, causal, query_only, dropout_p),
+    )  # fmt: skip
     return out, lse
 
 
@@ -230,25 +229,24 @@ def attention_bwd(dout, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k,
     bounds = cu_seqlens_q, cu_seqlens_k, query_only, seed, order, *_strides(query, key, value), rows, heads
     factors = scale, dropout.threshold(dropout_p), dropout.scale(dropout_p)
     flags = causal, query_only, dropout_p
-    with torch.cuda.device_of(query):
-        tile = tuning.short_attention_tile("backward", query, lengths)
-        if tile is not None:
-            share = tuning.heads_per_program(tile, query, segments)
-            attention_bwd_short_kernel[(triton.cdiv(heads, share) * segments,)](
-                dout, query, key, value, lse, dquery, dkey, dvalue, *bounds, share, *factors, **_options(query, tile, *flags)
-            )
-            return dquery, dkey, dvalue
-        statistics = torch.empty((heads, rows, 2), dtype=torch.float32, device=query.device)
-        tile = tuning.attention_tile("dq", query, lengths)
-        blocks = triton.cdiv(max_seqlen_q, tile.block_m)
-        attention_bwd_dq_kernel[(blocks * pairs,)](
-            dout, query, key, value, out, lse, statistics, dquery, *bounds, blocks, *factors, **_options(query, tile, *flags)
+    tile = tuning.short_attention_tile("backward", query, lengths)
+    if tile is not None:
+        share = tuning.heads_per_program(tile, query, segments)
+        attention_bwd_short_kernel[(triton.cdiv(heads, share) * segments,)](
+            dout, query, key, value, lse, dquery, dkey, dvalue, *bounds, share, *factors, **_options(query, tile, *flags)
         )
-        tile = tuning.attention_tile("dkdv", query, lengths)
-        blocks = triton.cdiv(max_seqlen_k, tile.block_n)
-        attention_bwd_dkdv_kernel[(blocks * pairs,)](
-            dout, query, key, value, statistics, dkey, dvalue, *bounds, blocks, *factors, **_options(query, tile, *flags)
-        )
+        return dquery, dkey, dvalue
+    statistics = torch.empty((heads, rows, 2), dtype=torch.float32, device=query.device)
+    tile = tuning.attention_tile("dq", query, lengths)
+    blocks = triton.cdiv(max_seqlen_q, tile.block_m)
+    attention_bwd_dq_kernel[(blocks * pairs,)](
+        dout, query, key, value, out, lse, statistics, dquery, *bounds, blocks, *factors, **_options(query, tile, *flags)
+    )
+    tile = tuning.attention_tile("dkdv", query, lengths)
+    blocks = triton.cdiv(max_seqlen_k, tile.block_n)
+    attention_bwd_dkdv_kernel[(blocks * pairs,)](
+        dout, query, key, value, statistics, dkey, dvalue, *bounds, blocks, *factors, **_options(query, tile, *flags)
+    )
     return dquery, dkey, dvalue
 
 

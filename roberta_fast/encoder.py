@@ -173,12 +173,13 @@ class FastEncoder(graphs.GraphHolder, Reporting):
         """Whether layers use their 8-bit weights in this call, where the options ask for it; reports where not all do."""
         if self.fast_options.precision is None:
             return False
-        layers = [unwrapped(layer) for layer in self.layer]
-        copies.check_bounds(layers, *self.norm_before)
+        layers, own = [unwrapped(layer) for layer in self.layer], "fp32"
         reason = copies.call_objection(self, hidden_states)
-        if watched and self.fast_options.precision == "fp8":
-            reason = reason or "who sees hidden states between the layers might change them, and fp8 relies on their bounds"
-        own = "fp32" if self.fast_options.precision == "int8" else "the model's own precision"
+        if self.fast_options.precision == "fp8":
+            own = "the model's own precision"
+            copies.check_bounds(layers, *self.norm_before)
+            if watched:
+                reason = reason or "who sees hidden states between the layers might change them, and fp8 relies on their bounds"
         if reason and any(map(copies.is_released, layers)):
             raise RuntimeError(f"roberta_fast: the layers would compute in fp32, {reason}, {copies.RELEASED}")
         missing = next((layer.copies for layer in layers if isinstance(layer.copies, str)), None)

@@ -12,10 +12,17 @@ from torch import nn
 
 from roberta_fast import ops
 from roberta_fast.families import LINEARS, LayerParts, gelu_form, is_plain
-from roberta_fast.ops.fp8_linear import E4M3, Fp8Weight, inverse_of, layer_norm_bound, linear_bound, quantize_weight_fp8
+from roberta_fast.int8 import fixed, joined_bias
+from roberta_fast.ops.fp8_linear import (
+    E4M3,
+    Fp8Weight,
+    chip_without,
+    inverse_of,
+    layer_norm_bound,
+    linear_bound,
+    quantize_weight_fp8,
+)
 from roberta_fast.packing import PackedBatch
-
-LEAST_CAPABILITY = (8, 9)
 
 
 class Fp8Linear(NamedTuple):
@@ -29,9 +36,7 @@ class Fp8Linear(NamedTuple):
     def of(cls, linears: tuple[nn.Module, ...], bound: torch.Tensor) -> "Fp8Linear":
         """The product with several linears at once, of rows within ``bound`` float32 [K]."""
         weight = quantize_weight_fp8(torch.cat([linear.weight for linear in linears]), bound)
-        biases = [linear.weight.new_zeros(linear.weight.shape[0]) if linear.bias is None else linear.bias for linear in linears]
-        bias = None if all(linear.bias is None for linear in linears) else _fixed(torch.cat(biases).detach().float())
-        return cls(Fp8Weight(*map(_fixed, weight)), bias, _fixed(inverse_of(bound)))
+        return cls(Fp8Weight(*map(fixed, weight)), joined_bias(linears), fixed(inverse_of(bound)))
 
     def __call__(self, rows: torch.Tensor, batch: PackedBatch, **options) -> torch.Tensor:
         """rows [N, K], in 8 bits, to [N, M]; options: those of ``ops.fp8_linear``."""
@@ -88,8 +93,8 @@ class Fp8Linears(NamedTuple):
             context,
             Fp8Linear.of((parts.intermediate,), layer_norm_bound(*between)),
             Fp8Linear.of((parts.output,), linear_bound(parts.intermediate.weight, parts.intermediate.bias, *between)),
-            _fixed(context.inverse.view(-1, parts.attention.attention_head_size)),
-            _fixed(inverse_of(layer_norm_bound(parts.output_norm.weight, parts.output_norm.bias))),
+            fixed(context.inverse.view(-1, parts.attention.attention_head_size)),
+            fixed(inverse_of(layer_norm_bound(parts.output_norm.weight, parts.output_norm.bias))),
             tuple(getattr(parts, name).weight for name in cls.reads),
             norm.weight,
         )
@@ -122,20 +127,11 @@ class Fp8Linears(NamedTuple):
 def check_device(weight: torch.Tensor, backend: str) -> None:
     """Raises ValueError, naming the device, where 8-bit floating point would not be a gain on that of ``weight``."""
     if weight.is_cuda:
-        capability = torch.cuda.get_device_capability(weight.device)
-        if capability >= LEAST_CAPABILITY:
-            return
-        what = f"{torch.cuda.get_device_name(weight.device)} of compute capability {capability[0]}.{capability[1]}"
-    elif backend in ("torch", "triton"):
-        return  # to see what it does to a model's outputs; and kernels in Triton's interpreter
-    else:
-        what = f"{weight.device}"
-    raise ValueError(
-        f"precision='fp8' is for GPUs of compute capability 8.9 or later, and the model is on {what}; "
-        "backend='torch' computes the same numbers anywhere, slowly"
-    )
-
-
-def _fixed(tensor):
-    """As a parameter, though of no module: ``torch.compile`` takes the sizes of those, and of no other tensors, for constants."""
-    return nn.Parameter(tensor, requires_grad=False)
+        unable = chip_without(weight.device)
+    else:  # by name, to see what it does to a model's outputs; and for kernels in Triton's interpreter
+        unable = None if backend in ("torch", "triton") else weight.device
+    if unable:
+        raise ValueError(
+            f"precision='fp8' is for GPUs of compute capability 8.9 or later, and the model is on {unable}; "
+            "backend='torch' computes the same numbers anywhere, slowly"
+        )

@@ -1,6 +1,6 @@
 """A fast layer's linear weights as 8-bit integers, for the CPU, and what stands for the fp32 ones where those were released."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,6 @@ class Int8Linears(NamedTuple):
     operations = ("int8_linear", "int8_feed_forward")
     reads = LINEARS
     device = torch.device("cpu")
-    before = None  # no bound of what comes in is asked for
     inverses, context_inverse = (None, None), None  # nothing but the products themselves rounds to 8 bits
 
     @classmethod
@@ -64,12 +63,8 @@ class Int8Linears(NamedTuple):
 
         def joined(*names):
             weight = pack_weight(*(torch.cat(tensors) for tensors in zip(*(quantized[name] for name in names), strict=True)))
-            weight = Int8Weight(*map(_fixed, weight[:3]), weight.shape)
-            biases = [getattr(parts, name).bias for name in names]
-            if all(bias is None for bias in biases):
-                return Int8Linear(weight, None)
-            zeros = [torch.zeros(quantized[name][1].shape) if b is None else b for name, b in zip(names, biases, strict=True)]
-            return Int8Linear(weight, _fixed(torch.cat([bias.detach() for bias in zeros])))
+            weight = Int8Weight(*map(fixed, weight[:3]), weight.shape)
+            return Int8Linear(weight, joined_bias([getattr(parts, name) for name in names]))
 
         sources = tuple(getattr(parts, name).weight for name in LINEARS)
         return cls(joined("query", "key", "value"), *(joined(name) for name in LINEARS[3:]), sources)
@@ -99,7 +94,16 @@ class Int8Linears(NamedTuple):
         return isinstance(self.sources[0], ReleasedWeight)
 
 
-def _fixed(tensor):
+def joined_bias(linears: Sequence[nn.Module]) -> torch.Tensor | None:
+    """The biases of linear modules one after the other, a copy in float32, zeros for those without; None where none has one."""
+    given = [linear.bias for linear in linears if linear.bias is not None]
+    if not given:
+        return None
+    biases = [given[0].new_zeros(linear.weight.shape[0]) if linear.bias is None else linear.bias for linear in linears]
+    return fixed(torch.cat(biases).detach().float())
+
+
+def fixed(tensor: torch.Tensor) -> torch.Tensor:
     """As a parameter, though of no module: ``torch.compile`` takes the sizes of those, and of no other tensors, for constants."""
     return nn.Parameter(tensor, requires_grad=False)
 

@@ -176,11 +176,16 @@ def refuse_gradient(ctx, *gradients):
     )
 
 
+def chip_without(device: torch.device | None = None) -> str | None:
+    """The name of a CUDA device, by default the current one, that has no products in fp8, which came with 8.9; else None."""
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)} of compute capability {major}.{minor}"
+    return name if (major, minor) < (8, 9) else None
+
+
 def _products_missing(facts):
-    if facts.device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        major, minor = torch.cuda.get_device_capability()
-        return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no products in fp8: they need 8.9"
-    return None
+    chip = chip_without() if facts.device == "cuda" else None
+    return chip and f"{chip} has no products in fp8: they need 8.9"
 
 
 _KERNELS = {"fp8_linear": "fp8_linear_fwd", "fp8_quantize": "fp8_quantize"}
