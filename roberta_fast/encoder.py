@@ -189,7 +189,7 @@ class FastEncoder(graphs.GraphHolder, Reporting):
         return reason is None
 
     def _reads_prepacked(self, hidden_states: torch.Tensor) -> bool:
-        """Whether layers read their weights in MKL's layout in this call."""
+        """Whether layers read packed weights in this call."""
         asked = self.fast_options.prepack and not torch.compiler.is_compiling()
         return asked and prepack_objection(hidden_states) is None and copies.call_objection(self, hidden_states) is None
 

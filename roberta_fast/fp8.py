@@ -109,9 +109,10 @@ class Fp8Linears(NamedTuple):
         """The factors by which the layer's LayerNorms, after attention and the last, round their results to 8 bits."""
         return self.intermediate.inverse, self.following
 
-    def query_key_value(self, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """rows [N, C] to the projections side by side."""
-        return self.projections(self.projections.rounded(rows, batch), batch, dtype=rows.dtype)
+    def query_key_value(self, rows: torch.Tensor, batch: PackedBatch, head_dim: int) -> tuple[torch.Tensor, ...]:
+        """rows [N, C] to the three projections [N, H, head_dim]."""
+        joined = self.projections(self.projections.rounded(rows, batch), batch, dtype=rows.dtype)
+        return joined.unflatten(1, (3, -1, head_dim)).unbind(1)
 
     def attention_output(self, context: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """context [N, C], in 8 bits as attention gives it by ``context_inverse``, or not, to [N, C]."""

@@ -23,15 +23,15 @@ class Int8Linear(NamedTuple):
     weight: Int8Weight
     bias: torch.Tensor | None
 
-    def __call__(self, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """rows [N, K] to [N, M]."""
-        return ops.int8_linear(rows, self.weight, self.bias, count=batch.count, backend=batch.options.backend)
+    def __call__(self, rows: torch.Tensor, batch: PackedBatch, heads: int | None = None) -> torch.Tensor:
+        """rows [N, K] to [N, M], or to [heads, N, M / heads]."""
+        return ops.int8_linear(rows, self.weight, self.bias, heads=heads, count=batch.count, backend=batch.options.backend)
 
 
 class Int8Linears(NamedTuple):
     """The products of one layer. sources: the fp32 weights of ``LINEARS`` that were copied."""
 
-    query_key_value: Int8Linear
+    projections: Int8Linear
     attention_output: Int8Linear
     intermediate: Int8Linear
     output: Int8Linear
@@ -69,6 +69,11 @@ class Int8Linears(NamedTuple):
         sources = tuple(getattr(parts, name).weight for name in LINEARS)
         return cls(joined("query", "key", "value"), *(joined(name) for name in LINEARS[3:]), sources)
 
+    def query_key_value(self, rows: torch.Tensor, batch: PackedBatch, head_dim: int) -> tuple[torch.Tensor, ...]:
+        """rows [N, C] to the three projections [N, H, head_dim], where the rows of a head follow each other."""
+        heads = self.projections.weight.shape[0] // head_dim
+        return self.projections(rows, batch, heads).unflatten(0, (3, -1)).transpose(1, 2).unbind(0)
+
     def feed_forward(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
         """output(activation(intermediate(rows))), one operation where the activation is a GELU."""
         form = gelu_form(parts.activation)
@@ -80,8 +85,8 @@ class Int8Linears(NamedTuple):
     def quantized(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """(integers, scale, bias) of every one of ``LINEARS``."""
         rows = [source.shape[0] for source in self.sources[:3]]
-        integers, scale = self.query_key_value.weight.integers().split(rows), self.query_key_value.weight.scale.split(rows)
-        biases = [None] * 3 if self.query_key_value.bias is None else self.query_key_value.bias.split(rows)
+        integers, scale = self.projections.weight.integers().split(rows), self.projections.weight.scale.split(rows)
+        biases = [None] * 3 if self.projections.bias is None else self.projections.bias.split(rows)
         found = dict(zip(LINEARS[:3], zip(integers, scale, biases, strict=True), strict=True))
         for name in LINEARS[3:]:
             linear = getattr(self, name)

@@ -169,7 +169,7 @@ def _query_key_value(rows, parts, batch, copies=None):
     projections = (parts.query, parts.key, parts.value)
     heads = (-1, parts.attention.attention_head_size)
     if copies:
-        query, key, value = copies.query_key_value(rows, batch).unflatten(1, (3, *heads)).unbind(1)
+        query, key, value = copies.query_key_value(rows, batch, heads[1])
         return (query.index_select(0, batch.asking) if batch.first_rows else query), key, value
     first = ()
     if batch.first_rows:

@@ -34,10 +34,10 @@ class FastOptions:
         labelled rows alone, and its ``outputs.logits`` is None; False leaves both as they are.
     recompute: what a backward pass computes again instead of having kept it: None, nothing; ``"gelu"``, the activation between
         the two products of a feed-forward block, a quarter of what a layer keeps; ``"layer"``, every layer from its input.
-    prepack: True computes inference in float32 on the CPU from copies of the layers' linear weights in MKL's layout. They are
-        made at their first use, and again where the weights have changed since, and take those weights' memory once more. A
-        write through ``weight.data`` that changes few of its numbers may go unseen until ``accelerate_model`` is called again.
-        Calls that record gradients, and ``torch.compile``, do without. Not with ``deterministic``.
+    prepack: True computes inference in float32 on the CPU from copies of the layers' linear weights, packed as the kernel reads
+        them. They are made at their first use, and again where the weights have changed since, and take those weights' memory
+        once more. A write through ``weight.data`` that changes few of its numbers may go unseen until ``accelerate_model`` is called again.
+        Calls that record gradients, and ``torch.compile``, do without.
     cuda_graphs: replays inference on CUDA as a CUDA graph, which takes the launches from Python away. ``"auto"`` records one for
         each capacity of up to 8,192 rows, sequences times their length, both rounded up: a bound that is not yet measured. True
         records any, and reports calls that run without one; False records none. At most 64 are kept, in one memory pool.
@@ -62,8 +62,6 @@ class FastOptions:
         for name in ("deterministic", "fuse_lm_head", "prepack"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not True or False")
-        if self.prepack and self.deterministic:
-            raise ValueError("prepack=True is not for deterministic=True: the bits of MKL's sums depend on the batch")
         if self.unpad not in UNPAD:
             raise ValueError(f"unpad={self.unpad!r} is not one of {UNPAD}")
         if self.on_unsupported not in ON_UNSUPPORTED:

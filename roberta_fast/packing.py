@@ -36,7 +36,7 @@ class PackedBatch(NamedTuple):
         anything. None: all are.
     batch, seqlen: B and S. max_seqlen: an upper bound on the sequences' lengths. options: how the layers compute.
     eight_bits: whether layers that hold 8-bit weights compute with them now. carried: what brings rows in 8-bit floating point
-        from one product to the next, or None. prepacked: whether weights are read in MKL's layout now.
+        from one product to the next, or None. prepacked: whether packed weights are read now.
     decoding: in a decoder, a ``roberta_fast.decoding.Decoding``. first_rows: whether a layer is asked for each sequence's first
         row alone, [B, C].
     The caller may have packed: then cu_seqlens divides the one row of [1, S].

@@ -1,4 +1,4 @@
-"""Weights in MKL's layout, for inference on the CPU: made at their first use, and anew where they have changed since.
+"""Weights packed in panels, for inference on the CPU: made at their first use, and anew where they have changed since.
 
 They stand beside the parameters, in a table of this module, and are freed with them. So modules, ``state_dict()``, copies and
 pickles know nothing of them, and training, which changes weights at every step, does without.

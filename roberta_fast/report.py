@@ -33,7 +33,7 @@ class Explanation:
     backends: ``{operation: (forward backend, backward backend)}``. fallbacks: reasons known beforehand, empty where everything
     runs on the fastest backend that there is. stock_calls: ``{reason: calls}`` that took the stock path so far. precision: which
     of the layers multiply in 8 bits. fp32_calls: ``{reason: calls}`` that should have done so and did not. prepack: how many
-    weights lie in MKL's layout by now, None where that was not asked for. whole_calls: ``{reason: calls}`` on fast layers that
+    weights are packed by now, None where that was not asked for. whole_calls: ``{reason: calls}`` on fast layers that
     computed rows which could have been left out: a base model's embeddings of padding, or a head's last layer.
     cuda_graphs: how many were recorded and replayed, None where none can be. eager_calls: ``{reason: calls}`` in inference that
     ran without.

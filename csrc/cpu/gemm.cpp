@@ -11,8 +11,14 @@ constexpr int TILE_ROWS = 6;
 constexpr int DEPTH = 512;
 constexpr int AHEAD = 4;  // rows of b that are asked for early, as those of a large b come from the second cache
 
-// How a lies: in cache by rows or by columns, or by rows that come from memory.
-enum class Order { rows, transposed, streamed };
+// How a lies: in cache by rows or by columns, or by rows that come from memory; asking: by rows, where memory is asked for.
+enum class Order { rows, transposed, streamed, asking };
+
+// Memory that each row of c asks for so many floats of.
+struct Later {
+  const float* memory = nullptr;
+  int64_t each = 0;
+};
 
 // With 32 registers 6 x 4 vectors of c, 4 of b and one broadcast element of a fit; with 16, 6 x 2.
 template <class Isa>
@@ -21,7 +27,7 @@ constexpr int TILE_VECTORS = Isa::REGISTERS >= 32 ? 4 : 2;
 // Tile I of ROWS * VECTORS is row I / VECTORS, vector I % VECTORS. Unrolled by pack expansion, as the compiler keeps an array
 // in registers only where every index is a constant before its loop passes run.
 template <class Isa, Order ORDER, int VECTORS, int... I, int... V>
-ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column, std::integer_sequence<int, I...>,
+ALWAYS_INLINE void tile(const Product& p, const Later& wanted, int64_t row, int64_t column, std::integer_sequence<int, I...>,
                         std::integer_sequence<int, V...>) {
   using Vector = Floats<Isa>;
   constexpr int W = Isa::WIDTH;
@@ -30,7 +36,9 @@ ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column, std::inte
   const float* a = p.a + row * (TRANSPOSED ? 1 : lda);
   const float* b = p.b + column;
   float* c = p.c + row * ldc + column;
-  const float* later = p.a + (row + TILE_ROWS) * lda;  // the rows of the next tile; asked for in the order in which they lie
+  // Streamed, these are the rows of a of the next tile, asked for in the order in which they lie.
+  const float* later = ORDER == Order::asking ? wanted.memory + row * wanted.each : p.a + (row + TILE_ROWS) * lda;
+  const int64_t step = ORDER == Order::asking ? sizeof...(I) / VECTORS * wanted.each / std::max<int64_t>(p.depth, 1) : TILE_ROWS;
   // Summed in runs of DEPTH terms, so that rounding errors grow with the length of a run and the number of runs, not both.
   for (int64_t done = 0; done < p.depth; done += DEPTH) {
     Vector sums[sizeof...(I)] = {};
@@ -40,8 +48,8 @@ ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column, std::inte
     }
     for (int64_t k = std::min<int64_t>(DEPTH, p.depth - done); k > 0; --k) {
       const Vector row_of_b[] = {load<Vector>(b + V * W)...};
-      (__builtin_prefetch(b + AHEAD * ldb + V * W), ...);
-      if constexpr (ORDER == Order::streamed) __builtin_prefetch(later += TILE_ROWS, 0, 2);
+      if constexpr (ORDER != Order::asking) (__builtin_prefetch(b + AHEAD * ldb + V * W), ...);
+      if constexpr (ORDER == Order::streamed || ORDER == Order::asking) __builtin_prefetch(later += step, 0, 2);
       ((sums[I] += a[I / VECTORS * (TRANSPOSED ? 1 : lda)] * row_of_b[I % VECTORS]), ...);
       a += TRANSPOSED ? lda : 1;
       b += ldb;
@@ -52,42 +60,42 @@ ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column, std::inte
 }
 
 template <class Isa, Order ORDER, int ROWS, int VECTORS>
-ALWAYS_INLINE void tile(const Product& p, int64_t row, int64_t column) {
-  tile<Isa, ORDER, VECTORS>(p, row, column, std::make_integer_sequence<int, ROWS * VECTORS>(),
+ALWAYS_INLINE void tile(const Product& p, const Later& later, int64_t row, int64_t column) {
+  tile<Isa, ORDER, VECTORS>(p, later, row, column, std::make_integer_sequence<int, ROWS * VECTORS>(),
                             std::make_integer_sequence<int, VECTORS>());
 }
 
 // All rows of VECTORS vectors of columns, in tiles of nearly equal heights.
 template <class Isa, Order ORDER, int VECTORS>
-ALWAYS_INLINE void stripe(const Product& p, int64_t column) {
+ALWAYS_INLINE void stripe(const Product& p, const Later& later, int64_t column) {
   int64_t row = 0;
   for (int64_t tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; --tiles) {
     const int64_t height = (p.rows - row + tiles - 1) / tiles;
     switch (height) {
-      case 6: tile<Isa, ORDER, 6, VECTORS>(p, row, column); break;
-      case 5: tile<Isa, ORDER, 5, VECTORS>(p, row, column); break;
-      case 4: tile<Isa, ORDER, 4, VECTORS>(p, row, column); break;
-      case 3: tile<Isa, ORDER, 3, VECTORS>(p, row, column); break;
-      case 2: tile<Isa, ORDER, 2, VECTORS>(p, row, column); break;
-      default: tile<Isa, ORDER, 1, VECTORS>(p, row, column);
+      case 6: tile<Isa, ORDER, 6, VECTORS>(p, later, row, column); break;
+      case 5: tile<Isa, ORDER, 5, VECTORS>(p, later, row, column); break;
+      case 4: tile<Isa, ORDER, 4, VECTORS>(p, later, row, column); break;
+      case 3: tile<Isa, ORDER, 3, VECTORS>(p, later, row, column); break;
+      case 2: tile<Isa, ORDER, 2, VECTORS>(p, later, row, column); break;
+      default: tile<Isa, ORDER, 1, VECTORS>(p, later, row, column);
     }
     row += height;
   }
 }
 
 template <class Isa, Order ORDER>
-ALWAYS_INLINE void multiply_all(const Product& p) {
+ALWAYS_INLINE void multiply_all(const Product& p, const Later& later = {}) {
   constexpr int MOST = TILE_VECTORS<Isa>;
   for (int64_t v = 0; v < p.vectors; v += MOST) {
     const int64_t column = v * Isa::WIDTH, wide = std::min<int64_t>(p.vectors - v, MOST);
     if (wide == MOST) {
-      stripe<Isa, ORDER, MOST>(p, column);
+      stripe<Isa, ORDER, MOST>(p, later, column);
     } else if (wide == 1) {
-      stripe<Isa, ORDER, 1>(p, column);
+      stripe<Isa, ORDER, 1>(p, later, column);
     } else if (wide == 2) {
-      stripe<Isa, ORDER, std::min(2, MOST)>(p, column);
+      stripe<Isa, ORDER, std::min(2, MOST)>(p, later, column);
     } else {
-      stripe<Isa, ORDER, std::min(3, MOST)>(p, column);
+      stripe<Isa, ORDER, std::min(3, MOST)>(p, later, column);
     }
   }
 }
@@ -108,6 +116,10 @@ TARGET_AVX512 void multiply_transposed<Avx512>(const Product& p) {
   multiply_all<Avx512, Order::transposed>(p);
 }
 template <>
+TARGET_AVX512 void multiply_asking<Avx512>(const Product& p, const float* later, int64_t each) {
+  multiply_all<Avx512, Order::asking>(p, {later, each});
+}
+template <>
 TARGET_AVX2 void multiply<Avx2>(const Product& p) {
   multiply_all<Avx2, Order::rows>(p);
 }
@@ -118,6 +130,10 @@ TARGET_AVX2 void multiply_streamed<Avx2>(const Product& p) {
 template <>
 TARGET_AVX2 void multiply_transposed<Avx2>(const Product& p) {
   multiply_all<Avx2, Order::transposed>(p);
+}
+template <>
+TARGET_AVX2 void multiply_asking<Avx2>(const Product& p, const float* later, int64_t each) {
+  multiply_all<Avx2, Order::asking>(p, {later, each});
 }
 #endif
 template <>
@@ -131,6 +147,10 @@ void multiply_streamed<Baseline>(const Product& p) {
 template <>
 void multiply_transposed<Baseline>(const Product& p) {
   multiply_all<Baseline, Order::transposed>(p);
+}
+template <>
+void multiply_asking<Baseline>(const Product& p, const float* later, int64_t each) {
+  multiply_all<Baseline, Order::asking>(p, {later, each});
 }
 
 }  // namespace roberta_fast

@@ -25,5 +25,8 @@ template <class Isa>
 void multiply_streamed(const Product& p);
 template <class Isa>
 void multiply_transposed(const Product& p);
+// multiply, which asks meanwhile for the memory that is wanted after it, as a share of what each row of c is to ask for.
+template <class Isa>
+void multiply_asking(const Product& p, const float* later, int64_t each);
 
 }  // namespace roberta_fast

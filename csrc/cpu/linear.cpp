@@ -2,17 +2,17 @@
 // Of few rows it is x that is transposed, once, and the weights are read once and as they lie. Of more, a task transposes a panel
 // of weights into its cache and passes the rows of x along it. What follows the product happens while the sums are still in the
 // nearest cache. An element of y is always the same sum, over k in ascending runs as gemm.h makes them.
-// Many rows are left to PyTorch's product, which blocks them too, unless their bits must not depend on their number; and to
-// MKL's where the weights are packed for it: 1 row took 0.7 of the time, 8 0.8, 128 0.9, 1,200 and 2,000 0.95 to 0.97.
+// Many rows, and single ones, are left to PyTorch's product, unless their bits must not depend on their number. Weights that were
+// packed beforehand lie as panels already: blocks of rows, which stay in the second cache, pass over them.
 #include "linear.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common.h"
 #include "gemm.h"
-#include "mkl.h"
 #include "rows.h"
 #include "vmath.h"
 
@@ -25,18 +25,17 @@ constexpr int64_t STEP = 1024;  // terms of the sums whose weights lie in the se
 constexpr int64_t CHUNK = 640;  // most rows of a task
 // Up to as many rows weights are read as they lie: 16 rows took 0.87 of the time of a transposed panel, 32 0.83, 64 all of it.
 constexpr int64_t FEW_ROWS = 64;
-constexpr int64_t FEWEST_ROWS = 8;  // up to which, and above FEW_ROWS, packed weights are faster
-constexpr int64_t FEW_PANEL = 48;   // as PANEL; a multiple of the tiles of gemm.h and of all vectors
+constexpr int64_t FEW_PANEL = 48;  // as PANEL; a multiple of the tiles of gemm.h and of all vectors
 // Rows from which on PyTorch's product is faster; on AVX-512 with MKL, 32 rows took 0.6 to 0.85 of its time, 300 rows 0.9.
 constexpr int64_t MANY_ROWS = 640;
-// Rows that a product with packed weights makes before what follows it is done, while they lie in the shared cache.
-constexpr int64_t PACKED_ROWS = 512;
+constexpr int64_t BLOCK = 120;  // rows of x that pass over packed weights together: 480 KiB of a step's terms
 
 struct Linear {
   const float *x, *weight;
   Epilogue epilogue;
   float* y;
   int64_t stride_x, stride_weight, rows, columns, depth, panels, chunks;
+  const float* packed = nullptr;  // [panels, depth, PANEL]
   float* scratch = nullptr;
   float* transposed_x = nullptr;  // [depth, rows in whole vectors]
 };
@@ -118,6 +117,56 @@ ALWAYS_INLINE void multiply_few_rows(const Linear& p, int64_t panel, int64_t) {
 }
 ROBERTA_FAST_KERNEL(multiply_few_rows, Linear)
 
+// A share of the panels, for a block of rows. Where steps make a sum, it grows in y, or in scratch where y has no whole panel.
+template <class Isa>
+ALWAYS_INLINE void multiply_packed(const Linear& p, int64_t task, int64_t shares) {
+  const int64_t begin = task / shares * BLOCK, end = std::min(begin + BLOCK, p.rows);
+  const int64_t share = task % shares, first_panel = p.panels * share / shares, last_panel = p.panels * (share + 1) / shares;
+  for (int64_t k = 0; k < p.depth || k == 0; k += STEP)
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t first = panel * PANEL, columns = std::min(PANEL, p.columns - first), terms = std::min(STEP, p.depth - k);
+      const bool last = k + terms == p.depth, whole = last && k == 0;
+      const float* weight = p.packed + first * p.depth + k * PANEL;
+      const float* next =
+          panel + 1 < last_panel ? weight + p.depth * PANEL : p.packed + first_panel * PANEL * p.depth + (k + terms) * PANEL;
+      const int64_t each = terms * PANEL / (end - begin);
+      for (int64_t row = begin; row < end; row += ROWS) {
+        const int64_t rows = std::min(ROWS, end - row);
+        const bool in_y = !whole && columns == PANEL;
+        float* sums = in_y ? p.y + row * p.columns + first : p.scratch + (whole ? 0 : (row - begin) * PANEL);
+        const int64_t stride = in_y ? p.columns : PANEL;
+        if (last) prefetch_rows(p.y + row * p.columns + first, p.columns, rows, columns);  // for finish to write
+        multiply_asking<Isa>(
+            {p.x + row * p.stride_x + k, p.stride_x, weight, PANEL, sums, stride, rows, PANEL / Isa::WIDTH, terms, k > 0},
+            next + (row - begin) * each, each);
+        if (last) finish<Isa>(p, sums, stride, row, rows, first, columns);
+      }
+    }
+}
+// A kernel's range is (task, shares) here.
+ROBERTA_FAST_KERNEL(multiply_packed, Linear)
+
+template <class Isa>
+ALWAYS_INLINE void pack_panel(const Linear& p, int64_t panel, int64_t) {
+  const int64_t first = panel * PANEL;
+  transpose<Isa>(p.weight + first * p.stride_weight, p.stride_weight, std::min(PANEL, p.columns - first), p.depth, 1.0f,
+                 p.y + first * p.depth, PANEL);
+}
+ROBERTA_FAST_KERNEL(pack_panel, Linear)
+
+// weight [M, K] as panels [panels, K, PANEL], zeros behind M.
+at::Tensor prepack(const at::Tensor& weight) {
+  check_float(weight, "weight", 2);
+  const at::Tensor columns = with_unit_stride(weight);
+  const int64_t m = columns.size(0), depth = columns.size(1), panels = (m + PANEL - 1) / PANEL;
+  const at::Tensor packed = at::zeros({panels, depth, PANEL}, weight.options());
+  Linear params{};
+  params.weight = columns.const_data_ptr<float>(), params.stride_weight = columns.stride(0);
+  params.y = packed.mutable_data_ptr<float>(), params.columns = m, params.depth = depth;
+  for_each_task(panels, 0, [&](int64_t panel, float*) { pack_panel_for_cpu(params, panel, panel + 1); });
+  return packed;
+}
+
 at::Tensor linear_fwd(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& count, bool deterministic,
                       const std::optional<at::Tensor>& packed) {
@@ -161,24 +210,25 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
                       depth,
                       panels,
                       chunks};
-  // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
-  const auto finish_all = [&](int64_t begin, int64_t end) {
-    at::parallel_for(begin, end, std::max<int64_t>(1, 8192 / m),
-                     [&](int64_t first, int64_t last) { finish_rows_for_cpu(params, first, last); });
-  };
-  if (packed.has_value()) check_shape(*packed, "packed", {mkl_packed_floats(m, depth)});
-  if (packed.has_value() && !deterministic && (n <= FEWEST_ROWS || n > FEW_ROWS)) {
-    for (int64_t begin = 0; begin < n; begin += PACKED_ROWS) {
-      const int64_t end = std::min(begin + PACKED_ROWS, n);
-      mkl_multiply_packed(params.x + begin * params.stride_x, params.stride_x, packed->const_data_ptr<float>(), end - begin, m,
-                          depth, params.y + begin * m);
-      finish_all(begin, end);
-    }
+  if (packed.has_value()) check_shape(*packed, "packed", {panels, depth, PANEL});
+  const bool many = !packed.has_value() && (n > MANY_ROWS || active_level() != Level::avx512);
+  if (!deterministic && (n == 1 || many)) {  // a single row waits for the weights to come from memory, whoever multiplies
+    at::mm_out(y, rows, columns.t());
+    // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
+    at::parallel_for(0, n, std::max<int64_t>(1, 8192 / m),
+                     [&](int64_t begin, int64_t end) { finish_rows_for_cpu(params, begin, end); });
     return;
   }
-  if (!deterministic && (n > MANY_ROWS || active_level() != Level::avx512)) {
-    at::mm_out(y, rows, columns.t());
-    finish_all(0, n);
+  if (packed.has_value()) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK, tasks = 4 * at::get_num_threads();
+    const int64_t shares = std::min((tasks + blocks - 1) / blocks, panels);
+    Linear whole = params;
+    whole.packed = packed->const_data_ptr<float>(), whole.chunks = blocks;
+    for_each_task(blocks * shares, std::max(BLOCK, ROWS) * PANEL, [&](int64_t task, float* scratch) {
+      Linear mine = whole;
+      mine.scratch = scratch;
+      multiply_packed_for_cpu(mine, task, shares);
+    });
     return;
   }
   if (n <= FEW_ROWS) {
@@ -204,6 +254,7 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
 }
 
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
+  m.def("prepack(Tensor weight) -> Tensor", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(prepack)));
   m.def(
       "linear_fwd(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? count=None, "
       "bool deterministic=False, Tensor? packed=None) -> Tensor",

@@ -93,6 +93,7 @@ def int8_linear(
     bias: torch.Tensor | None = None,
     *,
     gelu: str | None = None,
+    heads: int | None = None,
     count: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -100,12 +101,15 @@ def int8_linear(
 
     x: [N, K] floating; a row that holds an infinity or no number gives no numbers. weight: from ``quantize_weight``.
     bias: [M] of x's dtype, or None. gelu: None for the identity, ``"none"`` for exact GELU, ``"tanh"`` for that form.
+    heads: a divisor of M, where the columns of each head shall lie together, as attention reads them; or None.
     count: int32 [1] on x's device; rows from it on are never read and hold anything in the result. None: all are real.
-    A row has the same bits in any batch. Autocast changes nothing. Returns [N, M] of x's dtype, which has no gradient: backward
-    raises NotImplementedError. Raises ValueError naming the argument that does not fit.
+    A row has the same bits in any batch. Autocast changes nothing. Returns [N, M] of x's dtype, or [heads, N, M / heads], which
+    has no gradient: backward raises NotImplementedError. Raises ValueError naming the argument that does not fit.
     """
     _check(x, weight, bias, gelu, count)
-    return _forward(x, *weight[:3], bias, gelu, count, backend)
+    if heads is not None and (heads < 1 or weight.shape[0] % heads):
+        refuse("heads", heads, f"a divisor of the weight's {weight.shape[0]} rows")
+    return _forward(x, *weight[:3], bias, gelu, count, heads, backend)
 
 
 def int8_feed_forward(
@@ -150,7 +154,7 @@ def _check_operands(x, weight, bias, suffix=""):
         refuse(f"weight{suffix}", weight.packed.device, f"on x's device {x.device}")
 
 
-def int8_linear_ref(x, packed, scale, offset, bias=None, gelu=None, count=None):
+def int8_linear_ref(x, packed, scale, offset, bias=None, gelu=None, count=None, heads=None):
     """The composition in plain PyTorch, with the same exact sums: products of small integers in float32, added up in int32."""
     dtype = x.dtype
     x = x if dtype == torch.float64 else x.float()
@@ -161,7 +165,8 @@ def int8_linear_ref(x, packed, scale, offset, bias=None, gelu=None, count=None):
         sums += (terms @ weights.mT).to(torch.int32)
     y = sums.to(x.dtype) * (scale.to(x.dtype) * row_scale[:, None])
     y = y if bias is None else y + bias.to(x.dtype)
-    return (y if gelu is None else F.gelu(y, approximate=gelu)).to(dtype)
+    y = (y if gelu is None else F.gelu(y, approximate=gelu)).to(dtype)
+    return y if heads is None else y.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()
 
 
 def int8_feed_forward_ref(x, packed, scale, offset, bias, gelu, packed_out, scale_out, offset_out, bias_out=None, count=None):
@@ -207,13 +212,14 @@ def _run(op, x, *arguments):
     return dispatch.choose(op, facts_of(x), backend).run(x, *operands)
 
 
-def _forward_fake(x, packed, scale, offset, bias, gelu, count, backend):
-    return x.new_empty(x.shape[0], scale.shape[0])
+def _forward_fake(x, packed, scale, offset, bias, gelu, count, heads, backend):
+    n, m = x.shape[0], scale.shape[0]
+    return x.new_empty(n, m) if heads is None else x.new_empty(heads, n, m // heads)
 
 
 _forward = define(
     "int8_linear(Tensor x, Tensor packed, Tensor scale, Tensor offset, Tensor? bias, str? gelu, Tensor? count, "
-    "str backend) -> Tensor",
+    "int? heads, str backend) -> Tensor",
     functools.partial(_run, "int8_linear"),
     _forward_fake,
 )

@@ -58,9 +58,9 @@ def linear(
 
 
 def prepack(weight: torch.Tensor) -> torch.Tensor:
-    """weight, float32 [M, K] on the CPU, in the layout in which MKL multiplies it: opaque, float32 [any], bound to its address.
+    """weight, float32 [M, K] on the CPU, as the kernel reads it: float32 [panels, K, 64], 64 output channels a panel.
 
-    It takes as much memory as weight once more. Raises NotImplementedError where ``prepack_objection`` has a reason.
+    Zeros are behind M. It takes as much memory as weight once more. Raises NotImplementedError where ``prepack_objection`` has a reason.
     """
     reason = prepack_objection(weight)
     if reason:
@@ -71,11 +71,8 @@ def prepack(weight: torch.Tensor) -> torch.Tensor:
 def prepack_objection(weight: torch.Tensor) -> str | None:
     """Why ``weight`` cannot be prepacked, or None."""
     if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
-        return f"weights are {weight.dtype} on {weight.device}, and MKL's layout serves float32 on the CPU"
-    missing = dispatch.load_cpp()
-    if missing or not torch.ops.roberta_fast_cpp.prepack_is_available():
-        return missing or "this build of PyTorch has no MKL"
-    return None
+        return f"weights are {weight.dtype} on {weight.device}, and packed ones serve float32 on the CPU"
+    return dispatch.load_cpp()
 
 
 def _kernel_pays(x, *others):

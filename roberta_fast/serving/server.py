@@ -145,7 +145,7 @@ def _parser():
     add("--dtype", choices=("float32", "float16", "bfloat16"), default=defaults.dtype, help="default: float32")
     add("--precision", help="8-bit weights in the encoder's layers: int8 on CPU, fp8 on a GPU (default: those of --dtype)")
     add("--deterministic", action="store_true", help="the same bits whatever a text is batched with")
-    add("--prepack", action="store_true", help="weights in MKL's layout: faster on CPU, for their memory once more")
+    add("--prepack", action="store_true", help="packed weights: faster on CPU, for their memory once more")
     add("--cuda-graphs", choices=tuple(CUDA_GRAPHS), default=defaults.cuda_graphs, help="on cuda (default: auto, small batches)")
     add("--stock", action="store_true", help="plain Hugging Face, not accelerated, for comparison")
     add("--pooling", choices=POOLINGS, help="of embeddings (default: what the model's folder says, else mean)")

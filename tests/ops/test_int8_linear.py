@@ -275,6 +275,17 @@ def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(backend):
     assert all(torch.equal(result, results[-1][: len(result)]) for result in results)
 
 
+@pytest.mark.parametrize("heads", [1, 4, 6, 12], ids=lambda heads: f"{192 // heads} columns")
+@pytest.mark.parametrize("rows", [0, 5, 130])
+def test_columns_of_heads_lie_together(rows, heads, backend):
+    case = Case(rows, 192, 72, hidden=9)
+    x, weight, bias = case.inputs()
+    quantized, count = quantize_weight(weight), torch.tensor([rows], dtype=torch.int32)
+    apart = int8_linear(poisoned(x, 9), quantized, bias, heads=heads, count=count, backend=backend)
+    assert apart.shape == (heads, rows + 9, 192 // heads) and apart.is_contiguous()
+    assert torch.equal(apart[:, :rows].transpose(0, 1).flatten(1), int8_linear(x, quantized, bias, backend=backend))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 20, 50, 200])
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
 def test_feed_forward_has_the_bits_of_its_two_products(rows, gelu, backend):
@@ -342,7 +353,9 @@ def test_opcheck(name, backend):
     x, weight, bias = case.inputs()
     count = None if case.hidden is None else torch.tensor([case.rows], dtype=torch.int32)
     quantized = quantize_weight(weight)
-    torch.library.opcheck(operator, (x, *quantized[:3], bias, case.gelu, count, backend))
+    for heads in (None, 1, 2):
+        if heads is None or case.outer % heads == 0:
+            torch.library.opcheck(operator, (x, *quantized[:3], bias, case.gelu, count, heads, backend))
     out = quantize_weight(weight.mT)
     both = torch.ops.roberta_fast.int8_feed_forward.default
     torch.library.opcheck(both, (x, *quantized[:3], bias, case.gelu or "none", *out[:3], None, count, backend))
@@ -370,6 +383,7 @@ REFUSALS = {
     "gelu": (lambda: int8_linear(torch.zeros(2, 8), GOOD, gelu="erf"), "gelu must be None or one of .* got 'erf'"),
     "count": (lambda: int8_linear(torch.zeros(2, 8), GOOD, count=torch.zeros(1)), r"count must be int32 \[1\]"),
     "integers": (lambda: int8_linear(torch.zeros(2, 8, dtype=torch.int8), GOOD), "x must be a floating-point tensor"),
+    "heads": (lambda: int8_linear(torch.zeros(2, 8), GOOD, heads=2), "heads must be a divisor of the weight's 3 rows, got 2"),
     "weight": (lambda: quantize_weight(torch.zeros(3)), r"weight must be floating \[M, K\], got torch.float32 \(3,\)"),
     "weight_out": (lambda: both(GOOD), r"weight_out must be of shape \[M, 3\], got of shape \(3, 8\)"),
     "bias_out": (lambda: both(BACK, torch.zeros(3)), r"bias_out must be torch.float32 \[8\], got .* \(3,\)"),
