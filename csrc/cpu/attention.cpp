@@ -64,10 +64,30 @@ struct Forward {
   int64_t rows;
   Shape shape;
   const Task* tasks;
+  int64_t last_task, threads;
   float* scratch;
 };
 
+constexpr int64_t OUT_ROWS = 12;  // queries whose sums, 3 KiB, are still in the nearest cache when they become results
+
 int64_t forward_scratch(int64_t head_dim) { return BLOCK * (BLOCK + 3 * padded(head_dim) + 3); }
+
+template <class Vector>
+ALWAYS_INLINE Vector larger(const Vector& a, const Vector& b) {
+  return b > a ? b : a;  // a where b is no number
+}
+
+// The largest of each lane's scores, or -inf; in four chains, as each comparison waits for the one before.
+template <class Isa>
+ALWAYS_INLINE Floats<Isa> largest(const float* scores, int64_t keys) {
+  using Vector = Floats<Isa>;
+  Vector most[] = {Vector{} - INFINITY, Vector{} - INFINITY, Vector{} - INFINITY, Vector{} - INFINITY};
+  int64_t j = 0;
+  for (; j + 4 <= keys; j += 4)
+    for (int i = 0; i < 4; ++i) most[i] = larger(most[i], load<Vector>(scores + (j + i) * BLOCK));
+  for (; j < keys; ++j) most[0] = larger(most[0], load<Vector>(scores + j * BLOCK));
+  return larger(larger(most[0], most[1]), larger(most[2], most[3]));
+}
 
 // Turns a block of transposed scores into weights against the new running maximum, for the queries of one vector of lanes.
 // Updates maximum and sum; returns the factor that brings what was summed before to the new maximum.
@@ -75,11 +95,7 @@ template <class Isa>
 ALWAYS_INLINE Floats<Isa> softmax_lanes(float* scores, int64_t keys, float* maximum, float* sum) {
   using Vector = Floats<Isa>;
   const Vector before = load<Vector>(maximum);
-  Vector now = before;
-  for (int64_t j = 0; j < keys; ++j) {
-    const Vector s = load<Vector>(scores + j * BLOCK);
-    now = s > now ? s : now;
-  }
+  const Vector now = larger(before, largest<Isa>(scores, keys));
   // A query that has seen no key yet: subtracting -inf from its -inf scores would give NaN, subtracting 0 gives weights of 0.
   const Vector shift = now == -INFINITY ? Vector{} : now;
   const Vector factor = exp_nonpositive<Isa>(before - shift);
@@ -108,6 +124,28 @@ ALWAYS_INLINE void drop_lanes(const Forward& p, const Segment& s, int64_t first_
   }
 }
 
+// The log-sum-exp of queries, and what their sums of weighted values are to be multiplied by.
+template <class Isa>
+ALWAYS_INLINE void finish_lanes(const Forward& p, const Segment& s, int64_t first, int64_t queries, int64_t head,
+                                const float* maximum, const float* weight_sum, float* factors) {
+  using Vector = Floats<Isa>;
+  for (int64_t q = 0; q < queries; q += Isa::WIDTH) {
+    const Vector sum = load<Vector>(weight_sum + q);
+    store(factors + q, sum == 0.0f ? Vector{} : p.shape.dropout.scale / sum);
+    store_first(p.lse + head * p.rows + s.query + first + q,
+                sum == 0.0f ? Vector{} - INFINITY : load<Vector>(maximum + q) + log_positive<Isa>(sum), queries - q);
+  }
+}
+
+// Asks for a share of the rows that the thread's next task begins with, or that this one ends with: on 2,048 rows of 12 heads,
+// 0.96 of the time in segments of 256 and 0.85 in those of 38.
+template <class Element>
+ALWAYS_INLINE void ask_for(const Packed<Element>& t, int64_t row, int64_t head, int64_t rows, int64_t columns, int64_t share,
+                           int64_t shares) {
+  for (int64_t r = rows * share / shares; r < rows * (share + 1) / shares; ++r)
+    for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(t.at(row + r, head) + c, 0, 2);
+}
+
 template <class Isa>
 ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
   using Vector = Floats<Isa>;
@@ -123,6 +161,7 @@ ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
   float* weight_sum = maximum + BLOCK;
   float* factors = weight_sum + BLOCK;
   const int64_t most_keys = visible_keys(p.shape, s, first + queries - 1);
+  const Task& next = p.tasks[std::min(task + p.threads, p.last_task)];
   prefetch_rows(p.key.at(s.key, head), p.key.stride_row, std::min(BLOCK, most_keys), head_dim);
   transpose<Isa>(p.query.at(s.query + first, head), p.query.stride_row, queries, head_dim, p.shape.scale, query_t, BLOCK);
   for (int64_t v = 0; v < lanes; ++v) {
@@ -142,24 +181,37 @@ ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
           store(column + j * BLOCK, hide_later_key<Isa>(s, first + v * W, first_key + j, load<Vector>(column + j * BLOCK)));
       store(factors + v * W, softmax_lanes<Isa>(column, keys, maximum + v * W, weight_sum + v * W));
       if (p.shape.dropout) drop_lanes<Isa>(p, s, first + v * W, first_key, keys, head, column);
+      if (first_key + BLOCK >= most_keys) {
+        const Segment& other = *next.segment;
+        ask_for(p.out, s.query + first, head, queries, head_dim, v, lanes);
+        ask_for(p.query, other.query + next.first, next.head, std::min(BLOCK, other.queries - next.first), head_dim, v, lanes);
+        if (next.head != head || &other != &s)
+          ask_for(p.key, other.key, next.head, std::min(BLOCK, other.keys), head_dim, v, lanes);
+      }
     }
     if (first_key > 0)
       for (int64_t r = 0; r < queries; ++r)
         for (int64_t d = 0; d < width; d += W) store(sums + r * width + d, load<Vector>(sums + r * width + d) * factors[r]);
-    copy_rows<Isa>(p.value.at(s.key + first_key, head), p.value.stride_row, keys, head_dim, value, width);
-    multiply_transposed<Isa>({scores, BLOCK, value, width, sums, width, queries, vectors<Isa>(head_dim), keys, first_key > 0});
+    const float* values = p.value.at(s.key + first_key, head);
+    if (p.value.stride_row != width || head_dim != width) {  // whole vectors, one behind the other, are read as they lie
+      copy_rows<Isa>(values, p.value.stride_row, keys, head_dim, value, width);
+      values = value;
+    }
+    const bool last = first_key + BLOCK >= most_keys;
+    if (last) finish_lanes<Isa>(p, s, first, queries, head, maximum, weight_sum, factors);
+    for (int64_t r = 0; r < queries; r += last ? OUT_ROWS : queries) {
+      const int64_t rows = last ? std::min(OUT_ROWS, queries - r) : queries;
+      multiply_transposed<Isa>(
+          {scores + r, BLOCK, values, width, sums + r * width, width, rows, vectors<Isa>(head_dim), keys, first_key > 0});
+      for (int64_t i = r; last && i < r + rows; ++i)
+        for (int64_t d = 0; d < head_dim; d += W)
+          store_first(p.out.at(s.query + first + i, head) + d, load<Vector>(sums + i * width + d) * factors[i], head_dim - d);
+    }
   }
-  for (int64_t v = 0; v < lanes; ++v) {
-    const Vector sum = load<Vector>(weight_sum + v * W);
-    store(factors + v * W, sum == 0.0f ? Vector{} : p.shape.dropout.scale / sum);
-    store_first(p.lse + head * p.rows + s.query + first + v * W,
-                sum == 0.0f ? Vector{} - INFINITY : load<Vector>(maximum + v * W) + log_positive<Isa>(sum), queries - v * W);
-  }
-  for (int64_t r = 0; r < queries; ++r) {
-    float* out = p.out.at(s.query + first + r, head);
-    for (int64_t d = 0; d < head_dim; d += W)
-      store_first(out + d, most_keys > 0 ? load<Vector>(sums + r * width + d) * factors[r] : Vector{}, head_dim - d);
-  }
+  if (most_keys > 0) return;
+  finish_lanes<Isa>(p, s, first, queries, head, maximum, weight_sum, factors);
+  for (int64_t r = 0; r < queries; ++r)
+    for (int64_t d = 0; d < head_dim; d += W) store_first(p.out.at(s.query + first + r, head) + d, Vector{}, head_dim - d);
 }
 ROBERTA_FAST_KERNEL(attend, Forward)
 
@@ -182,8 +234,10 @@ std::tuple<at::Tensor, at::Tensor> attention_fwd(const at::Tensor& query, const 
   const at::Tensor q = with_unit_stride(query), k = with_unit_stride(key), v = with_unit_stride(value);
   at::Tensor out = at::empty({rows, heads, head_dim}, query.options()), lse = at::empty({heads, rows}, query.options());
   // Rows behind the last segment belong to no task.
-  out.narrow(0, covered, rows - covered).zero_();
-  lse.narrow(1, covered, rows - covered).fill_(-INFINITY);
+  if (covered < rows) {
+    out.narrow(0, covered, rows - covered).zero_();
+    lse.narrow(1, covered, rows - covered).fill_(-INFINITY);
+  }
   const Forward params{packed(q),
                        packed(k),
                        packed(v),
@@ -192,6 +246,8 @@ std::tuple<at::Tensor, at::Tensor> attention_fwd(const at::Tensor& query, const 
                        rows,
                        {heads, head_dim, static_cast<float>(scale), causal, make_dropout(dropout_p, seed)},
                        tasks.data(),
+                       static_cast<int64_t>(tasks.size()) - 1,
+                       at::get_num_threads(),
                        nullptr};
   for_each_task(static_cast<int64_t>(tasks.size()), forward_scratch(head_dim), [&](int64_t task, float* scratch) {
     Forward mine = params;
