@@ -227,6 +227,19 @@ ORDERED = {
 }
 
 
+@pytest.mark.parametrize("head_dim", [24, 32, 64])
+def test_how_rows_lie_changes_no_bit(head_dim, backend):
+    """Heads within rows, a head's rows one behind the other, as 8-bit projections come, and those apart from each other."""
+    case = Case((70, 3, 130), head_dim=head_dim, heads=2)
+    inputs = case.inputs(backend.device)
+    by_heads = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in inputs]
+    within_wider = [torch.cat([t, torch.full_like(t, torch.nan)], 2)[:, :, :head_dim] for t in by_heads]
+    for results in zip(
+        *(operator(*given, *case.rest(backend.device), backend.name) for given in (inputs, by_heads, within_wider)), strict=True
+    ):
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
 @pytest.mark.parametrize("name", ORDERED)
 def test_order_changes_no_bit(name, backend):
     """Not even of dropout's mask, which belongs to the segment and not to its place in the order."""
