@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -372,9 +373,34 @@ _STOCK_CLASSES = {
 }
 
 
+class _Known(NamedTuple):
+    """The parts of a layer, and what the layer and its containers held when they were found."""
+
+    parts: LayerParts
+    containers: tuple[nn.Module, ...]
+    held: list[tuple]
+
+
+# Of layers; finding the parts, which every call of a layer begins with, takes seven times as long as this. The values do not
+# refer to their keys, which would keep layers alive.
+_known = WeakKeyDictionary()
+
+
 def layer_parts(layer: nn.Module) -> LayerParts:
     """The parts of a stock or fast ``layer``, wrapped or not."""
-    return family_of_layer(layer).parts(unwrapped(layer))
+    layer = unwrapped(layer)
+    known = None if torch.compiler.is_compiling() else _known.get(layer)
+    if known is not None and _held(layer, known.containers) == known.held:
+        return known.parts
+    parts = family_of_layer(layer).parts(layer)
+    if isinstance(parts.activation, nn.Module) and not torch.compiler.is_compiling():  # a new function would not be seen
+        containers = (*parts.containers, *(parts.cross.containers if parts.cross else ()))
+        _known[layer] = _Known(parts, containers, _held(layer, containers))
+    return parts
+
+
+def _held(layer, containers):
+    return [tuple(module._modules.values()) for module in (layer, *containers)]
 
 
 _GELU_FORMS = {

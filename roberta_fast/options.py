@@ -36,8 +36,8 @@ class FastOptions:
         the two products of a feed-forward block, a quarter of what a layer keeps; ``"layer"``, every layer from its input.
     prepack: True computes inference in float32 on the CPU from copies of the layers' linear weights, packed as the kernel reads
         them. They are made at their first use, and again where the weights have changed since, and take those weights' memory
-        once more. A write through ``weight.data`` that changes few of its numbers may go unseen until ``accelerate_model`` is called again.
-        Calls that record gradients, and ``torch.compile``, do without.
+        once more. A write through ``weight.data`` that changes few of its numbers may go unseen until ``accelerate_model`` is
+        called again. Calls that record gradients, and ``torch.compile``, do without.
     cuda_graphs: replays inference on CUDA as a CUDA graph, which takes the launches from Python away. ``"auto"`` records one for
         each capacity of up to 8,192 rows, sequences times their length, both rounded up: a bound that is not yet measured. True
         records any, and reports calls that run without one; False records none. At most 64 are kept, in one memory pool.

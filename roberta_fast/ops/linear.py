@@ -60,7 +60,8 @@ def linear(
 def prepack(weight: torch.Tensor) -> torch.Tensor:
     """weight, float32 [M, K] on the CPU, as the kernel reads it: float32 [panels, K, 64], 64 output channels a panel.
 
-    Zeros are behind M. It takes as much memory as weight once more. Raises NotImplementedError where ``prepack_objection`` has a reason.
+    Zeros are behind M. It takes as much memory as weight once more. Raises NotImplementedError where ``prepack_objection`` has
+    a reason.
     """
     reason = prepack_objection(weight)
     if reason:
