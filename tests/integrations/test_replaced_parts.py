@@ -1,6 +1,8 @@
 """A model whose layers were changed by hand computes what it did before: such layers run as they are, and ``explain`` says so."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -104,6 +106,50 @@ def test_a_changed_layer_computes_what_it_did(name, model, inputs):
         got = accelerate_model(model)(**inputs).logits
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert reason is None or reason in str(explain(model))
+
+
+def exchange(layer):
+    attention = layer.attention.self
+    attention.query, attention.value = attention.value, attention.query
+
+
+LATER = {
+    "activation": (by("intermediate.intermediate_act_fn", nn.ReLU), False),
+    "function": (by("intermediate.intermediate_act_fn", lambda: torch.relu), False),
+    "norm": (by("output.LayerNorm", lambda: nn.LayerNorm(64, eps=0.5)), True),
+    "linear": (by("attention.self.key", lambda: nn.Linear(64, 64)), True),
+    "exchanged": (exchange, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:roberta_fast:RuntimeWarning")
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_replaced_after_a_call_is_seen(name, model, inputs):
+    change, stays_fast = LATER[name]
+    stock = copy.deepcopy(model)
+    accelerate_model(model)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        for changed in (stock, model):
+            torch.manual_seed(1)
+            layer = changed.roberta.encoder.layer[1]
+            if name == "function":
+                del layer.intermediate.intermediate_act_fn
+            change(layer)
+        wanted, got = stock(**inputs).logits, model(**inputs).logits
+    assert not torch.allclose(before, wanted, atol=1e-4)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert not (stays_fast and explain(model).stock_calls)
+
+
+def test_layers_that_are_gone_are_forgotten(inputs):
+    model = accelerate_model(RobertaForSequenceClassification(tiny_config()))
+    with torch.no_grad():
+        model(**inputs)
+    layer = weakref.ref(model.roberta.encoder.layer[0])
+    del model
+    gc.collect()
+    assert layer() is None
 
 
 @pytest.mark.parametrize("probability", ["identity", 1.0])
