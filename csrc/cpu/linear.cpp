@@ -28,7 +28,8 @@ constexpr int64_t FEW_ROWS = 64;
 constexpr int64_t FEW_PANEL = 48;  // as PANEL; a multiple of the tiles of gemm.h and of all vectors
 // Rows from which on PyTorch's product is faster; on AVX-512 with MKL, 32 rows took 0.6 to 0.85 of its time, 300 rows 0.9.
 constexpr int64_t MANY_ROWS = 640;
-constexpr int64_t BLOCK = 120;  // rows of x that pass over packed weights together: 480 KiB of a step's terms
+// Rows of x that pass over packed weights together, about: 480 KiB of a step's terms; and what their number is a multiple of.
+constexpr int64_t BLOCK = 120, TILE_ROWS = 6;
 
 struct Linear {
   const float *x, *weight;
@@ -36,6 +37,7 @@ struct Linear {
   float* y;
   int64_t stride_x, stride_weight, rows, columns, depth, panels, chunks;
   const float* packed = nullptr;  // [panels, depth, PANEL]
+  int64_t chunk_rows = 0;
   float* scratch = nullptr;
   float* transposed_x = nullptr;  // [depth, rows in whole vectors]
 };
@@ -120,7 +122,7 @@ ROBERTA_FAST_KERNEL(multiply_few_rows, Linear)
 // A share of the panels, for a block of rows. Where steps make a sum, it grows in y, or in scratch where y has no whole panel.
 template <class Isa>
 ALWAYS_INLINE void multiply_packed(const Linear& p, int64_t task, int64_t shares) {
-  const int64_t begin = task / shares * BLOCK, end = std::min(begin + BLOCK, p.rows);
+  const int64_t begin = task / shares * p.chunk_rows, end = std::min(begin + p.chunk_rows, p.rows);
   const int64_t share = task % shares, first_panel = p.panels * share / shares, last_panel = p.panels * (share + 1) / shares;
   for (int64_t k = 0; k < p.depth || k == 0; k += STEP)
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
@@ -220,11 +222,13 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
     return;
   }
   if (packed.has_value()) {
-    const int64_t blocks = (n + BLOCK - 1) / BLOCK, tasks = 4 * at::get_num_threads();
-    const int64_t shares = std::min((tasks + blocks - 1) / blocks, panels);
     Linear whole = params;
-    whole.packed = packed->const_data_ptr<float>(), whole.chunks = blocks;
-    for_each_task(blocks * shares, std::max(BLOCK, ROWS) * PANEL, [&](int64_t task, float* scratch) {
+    whole.packed = packed->const_data_ptr<float>();
+    const int64_t about = std::max<int64_t>(1, (n + BLOCK / 2) / BLOCK);
+    whole.chunk_rows = ((n + about - 1) / about + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    const int64_t blocks = (n + whole.chunk_rows - 1) / whole.chunk_rows;
+    const int64_t shares = std::min((4 * at::get_num_threads() + blocks - 1) / blocks, panels);
+    for_each_task(blocks * shares, std::max(whole.chunk_rows, ROWS) * PANEL, [&](int64_t task, float* scratch) {
       Linear mine = whole;
       mine.scratch = scratch;
       multiply_packed_for_cpu(mine, task, shares);
