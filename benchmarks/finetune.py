@@ -231,7 +231,7 @@ def command_of(case: Case, given: argparse.Namespace, model: Path | None = None)
 
 def finetune(command: list[str], out: Path, threads: int | None) -> dict:
     """The metrics of one ``roberta-fast finetune`` in a process of its own."""
-    command = [*command, "--output_dir", str(out)]
+    command = [*command, "--output_dir", str(out), "--overwrite_output_dir"]
     program = Path(sys.executable).parent / "roberta-fast"
     count = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     done = subprocess.run([program, "finetune", *command], capture_output=True, text=True, env={**os.environ, **count})

@@ -17,6 +17,7 @@ EXTRA = "pip install --no-build-isolation 'roberta_fast[train]'"
 # What the short help says of transformers.TrainingArguments and of what FastTrainingArguments adds.
 MAIN_TRAINING_FLAGS = {
     "output_dir": "where the model, its checkpoints and the report go",
+    "overwrite_output_dir": "replace what an earlier run left there, its checkpoints with it",
     "do_train": "train; with none of --do_train, --do_eval and --do_predict: what there are files for",
     "do_eval": "evaluate on the validation file",
     "do_predict": "predict the test file",

@@ -193,6 +193,10 @@ class Classification(FineTuning):
         logits, targets = _logits(prediction.predictions), np.asarray(prediction.label_ids)
         return classification_metrics(logits, targets, self.problem_type)
 
+    def measured(self) -> list[str]:
+        targets = np.asarray(self.targets["validation"])
+        return list(classification_metrics(np.zeros((len(targets), len(self.labels))), targets, self.problem_type))
+
     def write_report(self, folder: Path, output: PredictionOutput, table: Table) -> None:
         logits, targets = _logits(output.predictions), np.asarray(output.label_ids)
         if self.problem_type == REGRESSION:

@@ -210,15 +210,16 @@ def read_squad(path: str | Path) -> Iterator[dict]:
                 context = paragraph["context"]
                 for question in paragraph["qas"]:
                     place = f"question {question['id']!r}"
-                    if question["id"] in seen:
+                    identity = str(question["id"])  # as predictions are written: 1 and "1" are the same
+                    if identity in seen:
                         raise DataError(f"{path}, {place}: the id is there twice")
-                    seen.add(question["id"])
+                    seen.add(identity)
                     # SQuAD 2.0 lists plausible answers for what has none.
                     answers = [] if question.get("is_impossible") else question.get("answers", [])
                     for answer in answers:
                         check_answer(f"{path}, {place}", context, answer["text"], answer["answer_start"])
                     yield {
-                        "id": str(question["id"]),
+                        "id": identity,
                         "title": article.get("title", ""),
                         "context": context,
                         "question": question["question"],

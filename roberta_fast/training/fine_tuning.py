@@ -13,9 +13,10 @@ from roberta_fast.families import longest_sequence
 from roberta_fast.training import report
 from roberta_fast.training.arguments import DataArguments, ModelArguments, as_flags, require_extra
 from roberta_fast.training.data import Table, load_hub, split_table
+from roberta_fast.training.output_folder import clear, require_free
 from roberta_fast.training.search import search, space_of, table_of
 from roberta_fast.training.token_dropout import UNITS, dropped_token, units_of_tokens
-from roberta_fast.training.trainer import FastTrainer
+from roberta_fast.training.trainer import FastTrainer, require_metric
 from roberta_fast.training.training_arguments import FineTuningArguments, training_flags
 
 # What a trained folder remembers of how its texts were read.
@@ -67,6 +68,7 @@ class FineTuning:
                 raise ValueError(f"there is no {split} data: {split}_file or a dataset_name that has it is needed")
         if not self.tables:
             raise ValueError("there is no data: train_file, validation_file, test_file or dataset_name is needed")
+        require_free(args, model_args.model_name_or_path, trains="train" in self.tables)
         for split, name in zip(wanted, ("max_train_samples", "max_eval_samples", "max_predict_samples"), strict=True):
             limit = getattr(data_args, name)
             if limit is not None and limit < 1:
@@ -83,6 +85,9 @@ class FineTuning:
         self.config = self._config()
         self.tokenizer = self.load_tokenizer()
         self.prepare()
+        if {"train", "validation"} <= self.tables.keys() and args.metric_for_best_model not in ("auto", None):
+            names = ("loss",) if args.prediction_loss_only else ("loss", *self.measured())
+            require_metric(args.metric_for_best_model, {f"eval_{name}": 0.0 for name in names})
 
     # What a subclass says.
 
@@ -112,6 +117,10 @@ class FineTuning:
 
     def metrics_of(self, prediction: EvalPrediction, table: Table) -> dict[str, float]:
         """The metrics of predictions on ``table``."""
+        raise NotImplementedError
+
+    def measured(self) -> list[str]:
+        """The names of the metrics that ``metrics_of`` gives of the validation data."""
         raise NotImplementedError
 
     def write_report(self, folder: Path, output: PredictionOutput, table: Table) -> None:
@@ -167,6 +176,8 @@ class FineTuning:
         """
         seeds = [int(seed) for seed in (self.args.seeds or "").split(",") if seed]
         self.args.seed = seeds[0] if seeds else self.args.seed
+        if "train" in self.tables:
+            clear(self.args)
         if self.args.search_trials:
             self.args = search(self)
         if len(seeds) < 2 or "train" not in self.tables:
@@ -175,6 +186,7 @@ class FineTuning:
         for seed in seeds:
             args = copy.deepcopy(self.args)
             args.seed, args.output_dir = seed, str(Path(self.args.output_dir) / f"seed-{seed}")
+            clear(args)
             results.append(self._run(args))
         summary = report.mean_std([result.metrics for result in results])
         runs = {f"seed-{seed}": result.metrics for seed, result in zip(seeds, results, strict=True)}
@@ -281,10 +293,14 @@ class FineTuning:
         return output.metrics | {"eval_samples": len(self.tables["validation"])}
 
     def _write(self, trainer, folder, metrics):
-        report.write_json(folder / "metrics.json", metrics)
-        flags = {**as_flags(self.model_args), **as_flags(self.data_args), **training_flags(self.args)}
         if "train" not in self.tables:
+            # Beside its own model an evaluation adds to what training said.
+            before = folder / "metrics.json"
+            is_own = folder.resolve() == Path(self.model_args.model_name_or_path or "").resolve() and before.is_file()
+            report.write_json(before, {**(json.loads(before.read_text(encoding="utf-8")) if is_own else {}), **metrics})
             return
+        report.write_json(folder / "metrics.json", metrics)
+        flags = {**as_flags(self.model_args), **as_flags(self.data_args), **training_flags(trainer.args)}
         report.plot_learning_curves(trainer.state.log_history, folder / "learning_curves.png")
         settings = {"task": self.name, "data": self.remembered()}
         report.write_json(folder / SETTINGS, settings)

@@ -81,6 +81,9 @@ class Generation(FineTuning):
     def collator(self, model: PreTrainedModel):
         return default_data_collator
 
+    def measured(self) -> list[str]:
+        return []  # the perplexity follows from the loss
+
     def evaluate(self, trainer, dataset, folder: Path) -> dict[str, float]:
         metrics = trainer.evaluate(dataset)
         return metrics | {"eval_perplexity": perplexity(metrics["eval_loss"]), "eval_samples": len(dataset)}

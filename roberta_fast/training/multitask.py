@@ -22,8 +22,9 @@ from roberta_fast.training.arguments import ModelArguments, MultitaskArguments
 from roberta_fast.training.batching import TaskBatchSampler
 from roberta_fast.training.data import DataError
 from roberta_fast.training.fine_tuning import Result
+from roberta_fast.training.output_folder import clear, require_free
 from roberta_fast.training.token_dropout import UNITS, TokenDropout, dropped_token
-from roberta_fast.training.trainer import FastTrainer, data_seed, text_lengths
+from roberta_fast.training.trainer import FastTrainer, data_seed, require_metric, text_lengths
 from roberta_fast.training.training_arguments import FineTuningArguments
 
 KINDS = ("classification", "ner", "qa")
@@ -155,6 +156,7 @@ class MultiTask:
         from roberta_fast.training.api import task_class
 
         self.data_args, self.args = data_args, args
+        require_free(args, model_args.model_name_or_path, trains=True)
         if len(data_args.task) < 2:
             raise ValueError(f"task: {len(data_args.task)} is given, but several are trained together")
         for name in ("seeds", "search_trials", "label_smoothing_factor"):
@@ -168,7 +170,7 @@ class MultiTask:
             if name in self.tasks:
                 raise ValueError(f"task: {name!r} is there twice")
             of_task = copy.deepcopy(args)
-            of_task.output_dir = str(Path(args.output_dir) / name)
+            of_task.output_dir, of_task.metric_for_best_model = str(Path(args.output_dir) / name), "auto"
             try:
                 task = task_class(kind)(copy.deepcopy(model_args), flags, of_task, score_test=score_test)
                 if "train" not in task.tables:
@@ -178,10 +180,17 @@ class MultiTask:
             except ValueError as error:
                 raise (DataError if isinstance(error, DataError) else ValueError)(f"task {name}: {error}") from None
             self.tasks[name] = task
+        measured = {name: ("loss", *task.measured()) for name, task in self.tasks.items() if "validation" in task.tables}
+        if measured and args.metric_for_best_model not in ("auto", None):
+            names = [MEAN, *(f"{name}_{metric}" for name, metrics in measured.items() for metric in metrics)]
+            require_metric(args.metric_for_best_model, {f"eval_{name}": 0.0 for name in names})
 
     def run(self) -> Result:
         """Trains all tasks together and writes each one's model, with its report, to a folder of its name in ``output_dir``."""
         args, folder = copy.deepcopy(self.args), Path(self.args.output_dir)
+        clear(args)
+        for task in self.tasks.values():
+            clear(task.args)
         set_seed(args.seed)
         model = MultiTaskModel({name: task.new_model() for name, task in self.tasks.items()})
         encoded = {name: self._examples(name, task, model) for name, task in self.tasks.items()}

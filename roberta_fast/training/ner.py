@@ -214,6 +214,9 @@ class Ner(FineTuning):
 
         return {"f1": float(f1_score(*zip(*pairs, strict=True), average="macro", zero_division=0))} | accuracy
 
+    def measured(self) -> list[str]:
+        return ["precision", "recall", "f1", "accuracy"] if self.has_entities else ["f1", "accuracy"]
+
     def write_report(self, folder: Path, output: PredictionOutput, table: Table) -> None:
         from sklearn.metrics import confusion_matrix
 

@@ -47,7 +47,12 @@ class QuestionAnswering(FineTuning):
         answers = table.columns.get("answers")
         if answers is None and split != "test":
             table.column("answers")
+        ids = [str(identity) for identity in table.columns.get("id", table.lines)]
+        seen = set()
         for row, (context, question) in enumerate(zip(contexts, questions, strict=True)):
+            if ids[row] in seen:
+                raise table.error(row, f"the id {ids[row]!r} is there twice")
+            seen.add(ids[row])
             if not isinstance(context, str) or not isinstance(question, str) or not question.strip():
                 raise table.error(row, "context and question must be texts")
             if answers is None:
@@ -63,9 +68,9 @@ class QuestionAnswering(FineTuning):
             for text, start in zip(*parts, strict=True):
                 check_answer(f"{table.path}, {table.where} {table.lines[row]}", context, text, start)
         columns = {
-            "id": [str(i) for i in table.lines],
             "answers": [{"text": [], "answer_start": []}] * len(table),
             **table.columns,
+            "id": ids,
         }
         return Table(table.path, columns, table.lines, table.where)
 
@@ -160,6 +165,10 @@ class QuestionAnswering(FineTuning):
     def metrics_of(self, prediction: EvalPrediction, table: Table) -> dict[str, float]:
         texts = [_text(found) for found in self._answers(prediction.predictions, table)]
         return squad_scores(texts, [answers["text"] for answers in table.column("answers")])
+
+    def measured(self) -> list[str]:
+        answers = self.tables["validation"].column("answers")
+        return list(squad_scores([""] * len(answers), [each["text"] for each in answers]))
 
     def write_report(self, folder: Path, output: PredictionOutput, table: Table) -> None:
         found = self._answers(output.predictions, table)

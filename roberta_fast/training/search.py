@@ -166,7 +166,7 @@ def _require_same(study, settings, folder):
         if before.get(name) != settings.get(name):
             raise ValueError(
                 f"{folder / STORAGE} holds a search with {name}={before.get(name)!r}, now {settings.get(name)!r}: "
-                "give another output_dir, or delete that file"
+                "give another output_dir, or --overwrite_output_dir"
             )
 
 

@@ -14,7 +14,7 @@ class FastTrainingArguments(TrainingArguments):
     """TrainingArguments with the defaults of fine-tuning an encoder, and a few of their own.
 
     Raises ValueError for a budget or a patience below 0, no epochs, a decay outside (0, 1], a dropout outside [0, 1), or seeds
-    that are no integers.
+    that are no integers or repeat.
     """
 
     _argument_group_name = "training"
@@ -56,8 +56,8 @@ class FastTrainingArguments(TrainingArguments):
             raise ValueError(f"token_dropout={self.token_dropout} must lie in [0, 1)")
         if self.early_stopping_patience < 0:
             raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be 0 or more")
-        if self.seeds and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
-            raise ValueError(f"seeds={self.seeds!r} must be integers with commas between them, such as 1,2,3")
+        if self.seeds is not None:
+            self.seeds = _distinct_integers("seeds", str(self.seeds))
         self.per_device_train_batch_size = self.per_device_train_batch_size or 32
         self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()
@@ -78,6 +78,9 @@ class FineTuningArguments(FastSeq2SeqTrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint's model."})
     metric_for_best_model: str | None = field(default="auto", metadata={"help": "The metric that chooses it; auto: the task's."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of matrices; biases and LayerNorms have none."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace what an earlier run left in output_dir, its checkpoints with it."}
+    )
     search_trials: int = field(
         default=0, metadata={"help": "Search for better flags first, in so many trials; 0: train with those that are given."}
     )
@@ -90,7 +93,7 @@ class FineTuningArguments(FastSeq2SeqTrainingArguments):
             raise ValueError(f"search_trials={self.search_trials} must be 0 or more")
         if self.search_space and not self.search_trials:
             raise ValueError(f"search_space={self.search_space!r} is for a search: search_trials says of how many trials")
-        asked = self.do_eval
+        asked, direction = self.do_eval, self.greater_is_better
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False
         elif self.load_best_model_at_end and self.save_strategy != "best":
@@ -100,7 +103,20 @@ class FineTuningArguments(FastSeq2SeqTrainingArguments):
             elif self.save_strategy == "epoch":
                 self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
         super().__post_init__()
+        if direction is None and self.metric_for_best_model.rpartition("_")[2] in ("mse", "mae"):
+            self.greater_is_better = False  # Trainer knows of losses alone
         self.do_eval = asked  # an eval_strategy turns it on, but here it says which data is read
+
+
+def _distinct_integers(name, text):
+    """``text`` without spaces. Raises ValueError where it is no list of integers, or one is there twice."""
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text.replace(" ", "")):
+        raise ValueError(f"{name}={text!r} must be integers with commas between them, such as 1,2,3")
+    values = [int(value) for value in text.split(",")]
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{name}={text!r}: {value} is there twice")
+    return ",".join(map(str, values))
 
 
 def training_flags(args: FineTuningArguments) -> dict[str, str]:

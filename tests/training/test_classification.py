@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from roberta_fast import explain
 from roberta_fast.training import Classification, DataError, finetune, predict
 from roberta_fast.training.classification import MULTI, REGRESSION, SINGLE, classification_metrics
-from roberta_fast.training.trainer import UnknownMetricError
 
 
 def run(folder, checkpoint, train, validation=None, **flags):
@@ -301,12 +300,6 @@ def test_a_model_that_is_not_there(tmp_path):
     train = reviews(tmp_path / "train.tsv", 4)
     with pytest.raises(ValueError, match=f"model_name_or_path='{tmp_path}': the folder has no model that can be read: "):
         finetune("classification", **QUICK, model_name_or_path=str(tmp_path), train_file=train, output_dir="x")
-
-
-def test_a_metric_that_is_not_measured(tmp_path, tiny_checkpoint):
-    train = reviews(tmp_path / "train.tsv", 4)
-    with pytest.raises(UnknownMetricError, match="metric_for_best_model='f2' is none of what is measured: loss, accuracy, "):
-        run(tmp_path, tiny_checkpoint, train, train, metric_for_best_model="f2", max_steps=1)
 
 
 def test_a_flag_that_does_not_exist(tiny_checkpoint):

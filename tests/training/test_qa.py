@@ -129,6 +129,23 @@ def test_stops_before_training(change, message, tmp_path, tiny_checkpoint):
         run(tmp_path, tiny_checkpoint, jsonl_file(tmp_path / "a.jsonl", [row | change]), None)
 
 
+@pytest.mark.parametrize("ids", [("a", "a"), (1, "1")], ids=["texts", "a number and its text"])
+@pytest.mark.parametrize("layout", ["squad", "rows"])
+def test_an_id_that_is_there_twice(layout, ids, tmp_path, tiny_checkpoint):
+    """Predictions are written by id: the second question would take the place of the first."""
+    row = {"question": "where ?", "answers": [{"text": "Oslo", "answer_start": 3}]}
+    paragraphs = [{"context": "in Oslo", "qas": [row | {"id": identity} for identity in ids]}]
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+    if layout == "rows":
+        row |= {"context": "in Oslo", "answers": {"text": ["Oslo"], "answer_start": [3]}}
+        path = jsonl_file(tmp_path / "dev.jsonl", [row | {"id": identity} for identity in ids])
+    place = r"question '?\w'?" if layout == "squad" else "line 2"
+    with pytest.raises(DataError, match=rf"{path}, {place}: the id .*is there twice"):
+        run(tmp_path, tiny_checkpoint, questions(tmp_path / "train.json", 4), str(path))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_without_a_head_is_not_evaluated(tmp_path, tiny_checkpoint):
     with pytest.raises(ValueError, match="has no question answering head yet"):
         run(tmp_path, tiny_checkpoint, None, questions(tmp_path / "dev.json", 2))

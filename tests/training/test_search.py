@@ -110,8 +110,12 @@ def test_no_trial_comes_to_an_end(run, tmp_path, monkeypatch):
 
 def test_another_search_in_the_same_folder_is_refused(run, tmp_path):
     run(tmp_path, search_trials=1, max_train_samples=8)
-    with pytest.raises(ValueError, match=r"search.db holds a search with seed='42', now '7': give another output_dir"):
+    with pytest.raises(
+        ValueError, match=r"search.db holds a search with seed='42', now '7': give another output_dir, or --overwr"
+    ):
         run(tmp_path, search_trials=2, max_train_samples=8, seed=7)
+    run(tmp_path, search_trials=2, max_train_samples=8, seed=7, overwrite_output_dir=True)
+    assert len(trials_of(tmp_path)[1]) == 2, "it begins anew"
 
 
 def test_a_search_with_adapters_and_tags(tmp_path, tiny_checkpoint):
