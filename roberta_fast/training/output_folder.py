@@ -43,7 +43,7 @@ def require_free(args: FineTuningArguments, model: str | None, *, trains: bool) 
         found = [] if model and folder.resolve() == Path(model).resolve() else sorted(_matches(folder, _MODEL))
     if found:
         names = ", ".join(path.name for path in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        flags = "--overwrite_output_dir replaces it, --resume_from_checkpoint last goes on from its last checkpoint"
+        flags = "--overwrite_output_dir replaces what a run left, --resume_from_checkpoint last goes on from its last checkpoint"
         raise ValueError(f"output_dir={args.output_dir!r} is not empty: there is {names}. {flags}; or give another folder")
 
 

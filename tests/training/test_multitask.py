@@ -199,15 +199,19 @@ def test_a_task_that_does_not_fit(task, message):
 def test_wrong_input_names_its_task(tmp_path, tiny_checkpoint, tasks):
     (tmp_path / "bad.tsv").write_text("sentence\tlabel\na\t1\nb\n")
     with pytest.raises(DataError, match=r"task bad: .*bad.tsv, line 3: 1 fields, but the header has 2"):
-        run(tmp_path, tiny_checkpoint, [tasks[0], f"bad=classification,train_file={tmp_path / 'bad.tsv'}"])
+        run(tmp_path / "out", tiny_checkpoint, [tasks[0], f"bad=classification,train_file={tmp_path / 'bad.tsv'}"])
     with pytest.raises(ValueError, match="task: 'mood' is there twice"):
-        run(tmp_path, tiny_checkpoint, [tasks[0], tasks[0]])
+        run(tmp_path / "out", tiny_checkpoint, [tasks[0], tasks[0]])
     with pytest.raises(ValueError, match="task: 1 is given, but several are trained together"):
-        run(tmp_path, tiny_checkpoint, tasks[:1])
+        run(tmp_path / "out", tiny_checkpoint, tasks[:1])
     with pytest.raises(ValueError, match=r"task untrained: .* has no classification head yet: train_file is needed"):
-        run(tmp_path, tiny_checkpoint, [tasks[1], tasks[0].replace("mood", "untrained").replace("train_file", "test_file")])
+        run(
+            tmp_path / "out",
+            tiny_checkpoint,
+            [tasks[1], tasks[0].replace("mood", "untrained").replace("train_file", "test_file")],
+        )
     with pytest.raises(ValueError, match="lora_r=2 is for one task alone"):
-        run(tmp_path, tiny_checkpoint, tasks, lora_r=2)
+        run(tmp_path / "out", tiny_checkpoint, tasks, lora_r=2)
 
 
 @pytest.mark.parametrize("source", ["flags", "config"])

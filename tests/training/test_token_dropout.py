@@ -76,7 +76,7 @@ def test_what_each_task_drops(name, batches, tmp_path, tiny_checkpoint):
     file, kind = FILES[name](tmp_path), task_class(name)
     data = kind.data_class(train_file=file, validation_file=file, **MORE.get(name, {}))
     args = FineTuningArguments(
-        str(tmp_path), report_to="none", use_cpu=True, token_dropout=0.6, dataloader_pin_memory=False, **batches
+        str(tmp_path / "out"), report_to="none", use_cpu=True, token_dropout=0.6, dataloader_pin_memory=False, **batches
     )
     task = kind(ModelArguments(tiny_checkpoint), data, args)
     encoded = task.encode_all("train", "validation")
