@@ -26,6 +26,7 @@ TEXT_COLUMNS = (
     ("review",),
 )
 LABEL_COLUMNS = ("label", "labels")
+_MISSING = ("nan", "na", "n/a", "null", "none", "inf", "-inf")
 WORST = 50
 
 
@@ -55,13 +56,19 @@ class Classification(FineTuning):
         for split, table in self.tables.items():
             for column in self.text_columns:
                 for row, text in enumerate(table.column(column)):
-                    if not isinstance(text, str) or not text.strip():
-                        raise table.error(row, f"{column} is {'empty' if text in ('', None) or text else repr(text)}")
+                    if text is None or (isinstance(text, str) and not text.strip()):
+                        raise table.error(row, f"{column} is empty")
+                    if not isinstance(text, str):
+                        raise table.error(row, f"{column} {text!r:.60} is no text")
             if split != "test":
                 table.column(self.label_column)
+        if self.label_column in self.text_columns:
+            raise ValueError(f"text_column_names: {self.label_column!r} is the column with the label")
         self._decide_labels()
+        self.smooths_labels = self.problem_type == SINGLE
         self.targets = {split: self._targets(table) for split, table in self.tables.items() if self._is_labelled(split, table)}
         self.metric = {SINGLE: "accuracy", MULTI: "f1_micro", REGRESSION: "pearson"}[self.problem_type]
+        self.class_weights = self._class_weights() if self.data_args.class_weights and "train" in self.targets else None
 
     def _is_labelled(self, split, table):
         if split != "test":
@@ -96,7 +103,7 @@ class Classification(FineTuning):
             return
         values = learned.column(self.label_column)
         for row, value in enumerate(values):
-            if value is None or value == "":
+            if value is None or (isinstance(value, str) and not value.strip()):
                 raise learned.error(row, f"{self.label_column} is empty")
         self.problem_type = self.data_args.problem_type or _kind(values)
         if self.problem_type == SINGLE and not self.data_args.problem_type:
@@ -107,6 +114,8 @@ class Classification(FineTuning):
             seen = {label for value in values for label in self._names(value)}
             kept = [self.config.id2label[i] for i in range(self.config.num_labels)] if trained else []
             self.labels = kept if seen <= set(kept) else sorted(seen, key=_natural)
+            if not self.labels:
+                raise DataError(f"{learned.path}: there is no label in {self.label_column}")
             if len(self.labels) < 2 and self.problem_type == SINGLE:
                 raise DataError(f"{learned.path}: {self.label_column} has one value only: {self.labels[0]!r}")
         self.config.num_labels = len(self.labels)
@@ -120,6 +129,8 @@ class Classification(FineTuning):
             return [_text(value)]
         if isinstance(value, (list, tuple)):
             return [_text(label) for label in value]
+        if not self.data_args.label_separator:
+            raise ValueError("label_separator='' divides nothing")
         return [label.strip() for label in str(value).split(self.data_args.label_separator) if label.strip()]
 
     def _targets(self, table):
@@ -143,10 +154,18 @@ class Classification(FineTuning):
         return targets
 
     def _refuse_odd_number(self, table, values):
-        """Raises DataError at the one label of ten or more that is no number where the others are, with decimal points."""
+        """Raises DataError at the one label of ten or more that is no number where the others are, with decimal points.
+
+        One that says by its name that a number is missing, as tables write it, is odd among any number of them.
+        """
         numbers = [isinstance(value, str) and _is_number(value) for value in values]
         odd = [row for row, is_number in enumerate(numbers) if not is_number]
-        if 0 < 10 * len(odd) <= len(values) and any("." in value for value in values if isinstance(value, str)):
+        is_missing = all(str(values[row]).strip().lower() in _MISSING for row in odd)
+        if (
+            odd
+            and (is_missing or 10 * len(odd) <= len(values))
+            and any("." in value for value in values if isinstance(value, str))
+        ):
             reason = f"{self.label_column} {values[odd[0]]!r} is no number, as the others are; --problem_type says what they are"
             raise table.error(odd[0], reason)
 
@@ -176,18 +195,24 @@ class Classification(FineTuning):
         return DataCollatorWithPadding(self.tokenizer)
 
     def trainer_options(self) -> dict:
+        return {"class_weights": self.class_weights} if self.class_weights else {}
+
+    def _class_weights(self):
         given = self.data_args.class_weights
-        if not given or "train" not in self.targets:
-            return {}
         if self.problem_type != SINGLE:
             raise ValueError(f"class_weights={given!r} are for one label a text, not for {self.problem_type}")
         if given == "balanced":
             counts = np.bincount(self.targets["train"], minlength=len(self.labels))
-            return {"class_weights": (counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist()}
+            return (counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist()
         try:
-            return {"class_weights": [float(weight) for weight in given.split(",")]}
+            weights = [float(weight) for weight in given.split(",")]
         except ValueError:
             raise ValueError(f"class_weights={given!r} must be 'balanced' or numbers with commas between them") from None
+        if len(weights) != len(self.labels):
+            raise ValueError(f"class_weights={given!r} has {len(weights)} weights, but there are {len(self.labels)} labels")
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+            raise ValueError(f"class_weights={given!r} must be finite, none below 0, and not all 0")
+        return weights
 
     def metrics_of(self, prediction: EvalPrediction, table: Table) -> dict[str, float]:
         logits, targets = _logits(prediction.predictions), np.asarray(prediction.label_ids)
@@ -324,8 +349,8 @@ def _number(table, row, column, value):
 
 
 def _text(value):
-    """A label as text: 1.0, as tables of numbers have it, is 1."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """A label as text, without spaces around it: 1.0, as tables of numbers have it, is 1."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def _natural(label):

@@ -154,10 +154,26 @@ def _is_lines(text):
 
 
 def _json(path, text, line=None) -> Any:
+    place = f"{path}, line {line}" if line else str(path)
     try:
-        return json.loads(text)
+        loaded = json.loads(text, object_pairs_hook=_object)
+        if "\\ud" in text.lower():
+            json.dumps(loaded, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {line or error.lineno}: no json: {error.msg}") from None
+    except KeyError as error:
+        raise DataError(f"{place}: an object has {error} twice") from None
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: \\u{ord(error.object[error.start]):04x} is half of a character") from None
+    return loaded
+
+
+def _object(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def read_conll(path: str | Path, token_column: int = 0, tag_column: int | None = -1) -> Table:
@@ -169,7 +185,7 @@ def read_conll(path: str | Path, token_column: int = 0, tag_column: int | None =
     """
     tokens, tags, lines = [], [], []
     ends = True
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(_newlines(read_text(path)).split("\n"), 1):
         fields = line.rstrip("\r").split("\t") if "\t" in line else re.split(" +", line.strip("\r "))
         if fields in ([""], ["", ""]) or fields[0] == "-DOCSTART-":
             ends = True
@@ -214,6 +230,8 @@ def read_squad(path: str | Path) -> Iterator[dict]:
                     if identity in seen:
                         raise DataError(f"{path}, {place}: the id is there twice")
                     seen.add(identity)
+                    if not isinstance(context, str) or not isinstance(question["question"], str):
+                        raise DataError(f"{path}, {place}: context and question must be texts")
                     # SQuAD 2.0 lists plausible answers for what has none.
                     answers = [] if question.get("is_impossible") else question.get("answers", [])
                     for answer in answers:
@@ -237,6 +255,8 @@ def read_squad(path: str | Path) -> Iterator[dict]:
 
 def check_answer(place: str, context: str, text: str, start: int) -> None:
     """Raises DataError where ``context`` does not hold ``text`` at the character ``start``."""
+    if not isinstance(text, str):
+        raise DataError(f"{place}: the answer {text!r:.80} is no text")
     if not isinstance(start, int) or start < 0 or context[start : start + len(text)] != text or not text:
         found = context[start : start + len(text)] if isinstance(start, int) and start >= 0 else ""
         raise DataError(
@@ -251,7 +271,13 @@ def read_lines(path: str | Path) -> Table:
 
 
 def _lines(path):
-    return read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
+    return _newlines(read_text(path)).rstrip("\n").split("\n")
+
+
+def _newlines(text):
+    """Lines that end in CR LF, or all of them in CR, as lines; a CR inside of a line is left as it is."""
+    text = text.replace("\r\n", "\n")
+    return text if "\n" in text else text.replace("\r", "\n")
 
 
 def read_parallel(source: str | Path, target: str | Path) -> Table:

@@ -43,6 +43,7 @@ class FineTuning:
     data_class: type[DataArguments]
     trainer_class: type[FastTrainer] = FastTrainer
     greater_is_better = True
+    smooths_labels = True  # whether Trainer's label smoothing is of the task's loss
     highest = 1.0  # the value of ``metric`` that cannot be exceeded
 
     def __init__(
@@ -88,6 +89,12 @@ class FineTuning:
         if {"train", "validation"} <= self.tables.keys() and args.metric_for_best_model not in ("auto", None):
             names = ("loss",) if args.prediction_loss_only else ("loss", *self.measured())
             require_metric(args.metric_for_best_model, {f"eval_{name}": 0.0 for name in names})
+        if args.early_stopping_patience and "train" in self.tables and "validation" not in self.tables:
+            raise ValueError(f"early_stopping_patience={args.early_stopping_patience} needs validation data")
+        if args.label_smoothing_factor and "train" in self.tables and not self.smooths_labels:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} is not for {self.name} of this kind of answer"
+            )
 
     # What a subclass says.
 

@@ -95,6 +95,8 @@ class Ner(FineTuning):
         else:
             wanted = sorted(tags)
         self.labels = kept if set(wanted) <= set(kept) else wanted
+        if len(self.labels) < 2:
+            raise DataError(f"{self.tables['train'].path}: {self.tag_column} has one value only: {self.labels[0]!r}")
         self.config.num_labels = len(self.labels)
         self.config.id2label = dict(enumerate(self.labels))
         self.config.label2id = {label: index for index, label in enumerate(self.labels)}
@@ -163,8 +165,12 @@ class Ner(FineTuning):
                     ids[place] = self.tags[split][row][word] if is_first else self._inside(self.tags[split][row][word])
             windows.append((row, pieces))
             labels.append(ids)
-        self.windows[split] = windows
-        return Dataset.from_dict({**encoded, **({"labels": labels} if split in self.tags else {})})
+        # A window inside of one long word has no label: a batch of such ones alone would have no loss.
+        kept = [i for i, ids in enumerate(labels) if any(label != IGNORED for label in ids)] or range(len(labels))
+        kept = kept if split in self.tags else range(len(labels))
+        self.windows[split] = [windows[i] for i in kept]
+        columns = {**encoded, **({"labels": labels} if split in self.tags else {})}
+        return Dataset.from_dict({name: [values[i] for i in kept] for name, values in columns.items()})
 
     def _inside(self, label):
         """The label of a word's further pieces."""

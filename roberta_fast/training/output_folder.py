@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from roberta_fast.training.checkpoints import damage_of
 from roberta_fast.training.search import STORAGE
 from roberta_fast.training.training_arguments import FineTuningArguments
 
@@ -29,7 +30,12 @@ def require_free(args: FineTuningArguments, model: str | None, *, trains: bool) 
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={args.output_dir!r} is no folder")
-    if args.resume_from_checkpoint or not folder.is_dir():
+    wanted = args.resume_from_checkpoint
+    if wanted and wanted not in (True, "last"):
+        damage = damage_of(wanted) if Path(wanted).is_dir() else "there is no such folder"
+        if damage:
+            raise ValueError(f"resume_from_checkpoint={wanted!r}: {damage}; 'last' is the last complete one in output_dir")
+    if wanted or not folder.is_dir():
         return
     if args.overwrite_output_dir:
         if trains and model and any(Path(model).resolve().is_relative_to(path.resolve()) for path in _left_in(folder)):

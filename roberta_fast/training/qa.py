@@ -1,6 +1,7 @@
 """Fine-tuning on questions whose answer is a span of a context, SQuAD 1.1 and 2.0."""
 
 import json
+import math
 import re
 import string
 from collections import Counter
@@ -30,6 +31,7 @@ class QuestionAnswering(FineTuning):
     lora_task_type = "QUESTION_ANS"
     data_class = QaArguments
     metric = "f1"
+    smooths_labels = False
     highest = 100.0
 
     def read(self, path: str, split: str) -> Table:
@@ -77,6 +79,11 @@ class QuestionAnswering(FineTuning):
     def prepare(self) -> None:
         given = self.data_args
         self.check_length(given.max_seq_length, "max_seq_length")
+        for name, least in (("doc_stride", 0), ("n_best_size", 1), ("max_answer_length", 1)):
+            if getattr(given, name) < least:
+                raise ValueError(f"{name}={getattr(given, name)} must be at least {least}")
+        if math.isnan(given.null_score_diff_threshold):
+            raise ValueError("null_score_diff_threshold=nan is no number")
         trained = any(name.endswith("ForQuestionAnswering") for name in self.config.architectures or ())
         if "train" not in self.tables and not trained:
             path = self.model_args.model_name_or_path

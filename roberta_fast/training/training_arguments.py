@@ -13,8 +13,8 @@ TOKENS_PER_BATCH = 2048
 class FastTrainingArguments(TrainingArguments):
     """TrainingArguments with the defaults of fine-tuning an encoder, and a few of their own.
 
-    Raises ValueError for a budget or a patience below 0, no epochs, a decay outside (0, 1], a dropout outside [0, 1), or seeds
-    that are no integers or repeat.
+    Raises ValueError for a budget or a patience below 0, no epochs, an empty batch, a decay outside (0, 1], a dropout or a label
+    smoothing outside [0, 1), or seeds that are no integers or repeat.
     """
 
     _argument_group_name = "training"
@@ -54,6 +54,10 @@ class FastTrainingArguments(TrainingArguments):
             raise ValueError(f"layer_lr_decay={self.layer_lr_decay} must lie in (0, 1]")
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f"token_dropout={self.token_dropout} must lie in [0, 1)")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} must lie in [0, 1)")
+        if self.per_device_eval_batch_size < 1:
+            raise ValueError(f"per_device_eval_batch_size={self.per_device_eval_batch_size} must be at least 1")
         if self.early_stopping_patience < 0:
             raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be 0 or more")
         if self.seeds is not None:
@@ -89,10 +93,16 @@ class FineTuningArguments(FastSeq2SeqTrainingArguments):
     )
 
     def __post_init__(self):
+        if self.resume_from_checkpoint in ("true", "True"):
+            self.resume_from_checkpoint = True  # as the text "last", which Trainer does not know
+        if self.resume_from_checkpoint not in (None, True, "last") and "," in (self.seeds or ""):
+            raise ValueError(f"resume_from_checkpoint={self.resume_from_checkpoint!r} is of one seed: 'last' is each one's own")
         if self.search_trials < 0:
             raise ValueError(f"search_trials={self.search_trials} must be 0 or more")
         if self.search_space and not self.search_trials:
             raise ValueError(f"search_space={self.search_space!r} is for a search: search_trials says of how many trials")
+        if self.early_stopping_patience and self.eval_strategy == "no":
+            raise ValueError(f"early_stopping_patience={self.early_stopping_patience} has no effect with eval_strategy='no'")
         asked, direction = self.do_eval, self.greater_is_better
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False

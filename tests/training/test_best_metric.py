@@ -18,7 +18,7 @@ def lists(path):
 
 
 def parts_of_speech(path):
-    return jsonl_file(path, [{"tokens": name.split(), "tags": ["NAME"] * len(name.split())} for name in NAMES["PER"]])
+    return jsonl_file(path, [{"tokens": name.split(), "tags": ["GIVEN", "FAMILY"]} for name in NAMES["PER"]])
 
 
 def text(path):

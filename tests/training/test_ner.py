@@ -1,6 +1,7 @@
 """NER: entity scores as seqeval's, alignment of words and pieces, schemes, long sentences, and a tiny model that learns."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForTokenClassification
 
 from roberta_fast.training import DataError, Ner, finetune, predict
 from roberta_fast.training.arguments import ModelArguments, NerArguments
+from roberta_fast.training.data import read_conll
 from roberta_fast.training.ner import IGNORED, as_bio, entity_scores
 from roberta_fast.training.training_arguments import FineTuningArguments
 
@@ -69,6 +71,29 @@ def test_learns_from_iob1_and_is_measured_on_bio(trained):
     assert [line.split()[0] for line in lines] == ["type", "LOC", "PER", "overall"]
     model = AutoModelForTokenClassification.from_pretrained(trained.output_dir)
     assert list(model.config.id2label.values()) == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+
+
+def test_a_window_inside_of_one_word_has_no_loss_to_be_lost(tmp_path, tiny_checkpoint):
+    """Alone in a batch, its loss was no number; its word's tag is predicted all the same."""
+    (tmp_path / "train.conll").write_text("\n".join(["a" * 400 + " B-PER", "went O"]) + "\n")
+    path = str(tmp_path / "train.conll")
+    result = run(tmp_path, tiny_checkpoint, path, path, num_train_epochs=1, tokens_per_batch=20, test_file=path, logging_steps=1)
+    assert math.isfinite(result.metrics["train_loss"]) and math.isfinite(result.metrics["eval_loss"])
+    assert [len(row["tags"]) for row in result.predictions] == [2]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CR LF", "CR"])
+def test_lines_end_as_they_do(end, tmp_path):
+    (tmp_path / "a.conll").write_bytes(end.join(["Anna B-PER", "went O", "", "Oslo B-LOC", ""]).encode())
+    table = read_conll(tmp_path / "a.conll")
+    assert table.columns == {"tokens": [["Anna", "went"], ["Oslo"]], "tags": [["B-PER", "O"], ["B-LOC"]]}
+    assert list(table.lines) == [1, 4]
+
+
+def test_one_tag_only(tmp_path, tiny_checkpoint):
+    (tmp_path / "train.conll").write_text("Anna O\nwent O\n")
+    with pytest.raises(DataError, match=r"train.conll: tags has one value only: 'O'"):
+        run(tmp_path, tiny_checkpoint, str(tmp_path / "train.conll"), None)
 
 
 def test_predicts_tokens_without_tags(trained, tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from roberta_fast.training import DataError, QuestionAnswering, finetune, predict
 from roberta_fast.training.arguments import ModelArguments, QaArguments
+from roberta_fast.training.data import read_squad
 from roberta_fast.training.qa import squad_scores
 from roberta_fast.training.training_arguments import FineTuningArguments
 
@@ -121,6 +122,7 @@ def test_spans_are_found_again_in_long_contexts_of_any_script(filler, tmp_path, 
         ({"answers": {"text": "Oslo", "answer_start": 3}}, "line 1: text and answer_start of answers must be lists, got"),
         ({"answers": {"text": ["Oslo"], "answer_start": []}}, "line 1: answers has 1 text, but 0 answer_start"),
         ({"context": None}, "line 1: context and question must be texts"),
+        ({"answers": {"text": [5], "answer_start": [3]}}, "line 1: the answer 5 is no text"),
     ],
 )
 def test_stops_before_training(change, message, tmp_path, tiny_checkpoint):
@@ -144,6 +146,32 @@ def test_an_id_that_is_there_twice(layout, ids, tmp_path, tiny_checkpoint):
     with pytest.raises(DataError, match=rf"{path}, {place}: the id .*is there twice"):
         run(tmp_path, tiny_checkpoint, questions(tmp_path / "train.json", 4), str(path))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_question_of_squads_layout_that_is_no_text(tmp_path):
+    question = {"id": "q", "question": None, "answers": [{"text": "Oslo", "answer_start": 3}]}
+    data = {"data": [{"title": "t", "paragraphs": [{"context": "in Oslo", "qas": [question]}]}]}
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"a.json, question 'q': context and question must be texts"):
+        list(read_squad(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"doc_stride": -1}, "doc_stride=-1 must be at least 0"),
+        ({"n_best_size": 0}, "n_best_size=0 must be at least 1"),
+        ({"max_answer_length": 0}, "max_answer_length=0 must be at least 1"),
+        ({"null_score_diff_threshold": float("nan")}, "null_score_diff_threshold=nan is no number"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not for qa"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_flags_that_do_not_fit(flags, message, tmp_path, tiny_checkpoint):
+    path = questions(tmp_path / "a.json", 4)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, tiny_checkpoint, path, path, **flags)
+    assert not (tmp_path / "out").exists(), "nothing is trained before"
 
 
 def test_a_model_without_a_head_is_not_evaluated(tmp_path, tiny_checkpoint):
