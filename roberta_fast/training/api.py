@@ -34,16 +34,25 @@ def predict(folder: str | Path, file: str | Path, *, fast: bool = True, **flags)
     fast: on the accelerated encoder. flags: those of the task's data arguments, to change a setting, and of FineTuningArguments.
     Raises ValueError where ``folder`` holds no model of ``finetune``, DataError for what is wrong in ``file``.
     """
+    remembered = _remembered(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = {**remembered["data"], "report_to": "none", **flags, "test_file": str(file), "do_predict": True}
+        chosen = {"model_name_or_path": str(folder), "fast": fast, "output_dir": scratch}
+        return _task(remembered["task"], {**flags, **chosen}, score_test=False).run().predictions
+
+
+def task_of(folder: str | Path) -> str:
+    """The task of the fine-tuned model in ``folder``. Raises ValueError where it holds none."""
+    return _remembered(folder)["task"]
+
+
+def _remembered(folder):
     settings = Path(folder) / SETTINGS
     if not settings.is_file():
         inside = sorted(found.parent.name for found in Path(folder).glob(f"*/{SETTINGS}"))
         hint = f" here, but in {', '.join(inside)}" if inside else ""
         raise ValueError(f"{str(folder)!r} holds no model of roberta-fast finetune: there is no {SETTINGS}{hint}")
-    remembered = json.loads(settings.read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as scratch:
-        flags = {**remembered["data"], "report_to": "none", **flags, "test_file": str(file), "do_predict": True}
-        chosen = {"model_name_or_path": str(folder), "fast": fast, "output_dir": scratch}
-        return _task(remembered["task"], {**flags, **chosen}, score_test=False).run().predictions
+    return json.loads(settings.read_text(encoding="utf-8"))
 
 
 def finetune(task: str, /, **flags) -> Result:

@@ -75,7 +75,9 @@ class ModelArguments:
     lora_r: int = flag(0, "rank of LoRA adapters, trained in place of the encoder; 0: train all")
     lora_alpha: int = flag(16, "LoRA scales its adapters by lora_alpha / lora_r")
     lora_dropout: float = flag(0.0, "dropout in front of the adapters")
-    lora_target_modules: str = flag("query,value", "names of the linear modules that get adapters")
+    lora_target_modules: str = flag(
+        "query,value", "names of the linear modules that get adapters; all-linear: every one but the head"
+    )
 
 
 @dataclass

@@ -181,7 +181,8 @@ def read_conll(path: str | Path, token_column: int = 0, tag_column: int | None =
 
     Where a line has tabs, they alone divide it, and its token may be empty, as invisible characters have made it in real files.
     The columns ``tokens`` and ``tags`` hold lists, ``tags`` only where tag_column is not None; ``lines`` the line of each
-    sentence's first token.
+    sentence's first token. Raises DataError at a line with more or fewer columns than the sentence's first one: running text, or a
+    token with a space in it.
     """
     tokens, tags, lines = [], [], []
     ends = True
@@ -193,10 +194,15 @@ def read_conll(path: str | Path, token_column: int = 0, tag_column: int | None =
         if len(fields) < 2 and tag_column is not None:
             raise DataError(f"{path}, line {number}: a token without a tag: {fields[0]!r}")
         if ends:
+            width = len(fields)
             tokens.append([])
             tags.append([])
             lines.append(number)
         ends = False
+        if len(fields) != width:
+            raise DataError(
+                f"{path}, line {number}: {len(fields)} columns, but the sentence begins with {width}: {line.strip()!r:.60}"
+            )
         try:
             tokens[-1].append(fields[token_column])
             tags[-1].append(fields[tag_column] if tag_column is not None else None)

@@ -344,7 +344,10 @@ class FineTuning:
                     r=given.lora_r,
                     lora_alpha=given.lora_alpha,
                     lora_dropout=given.lora_dropout,
-                    target_modules=given.lora_target_modules.split(","),
+                    # PEFT's own word for every linear module but the head is no name of one.
+                    target_modules=given.lora_target_modules
+                    if given.lora_target_modules == "all-linear"
+                    else given.lora_target_modules.split(","),
                 ),
             )
         except ValueError as error:

@@ -170,7 +170,8 @@ class MultiTask:
             if name in self.tasks:
                 raise ValueError(f"task: {name!r} is there twice")
             of_task = copy.deepcopy(args)
-            of_task.output_dir, of_task.metric_for_best_model = str(Path(args.output_dir) / name), "auto"
+            of_task.output_dir = str(Path(args.output_dir) / name)
+            of_task.metric_for_best_model, of_task.early_stopping_patience = "auto", 0  # they are of all tasks together
             try:
                 task = task_class(kind)(copy.deepcopy(model_args), flags, of_task, score_test=score_test)
                 if "train" not in task.tables:
@@ -181,6 +182,8 @@ class MultiTask:
                 raise (DataError if isinstance(error, DataError) else ValueError)(f"task {name}: {error}") from None
             self.tasks[name] = task
         measured = {name: ("loss", *task.measured()) for name, task in self.tasks.items() if "validation" in task.tables}
+        if args.early_stopping_patience and not measured:
+            raise ValueError(f"early_stopping_patience={args.early_stopping_patience} needs validation data of a task")
         if measured and args.metric_for_best_model not in ("auto", None):
             names = [MEAN, *(f"{name}_{metric}" for name, metrics in measured.items() for metric in metrics)]
             require_metric(args.metric_for_best_model, {f"eval_{name}": 0.0 for name in names})

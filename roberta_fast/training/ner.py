@@ -46,6 +46,8 @@ class Ner(FineTuning):
             self._check_tokens(table)
         for table in self.tagged.values():
             self._check_tags(table)
+        for split in self.tables.keys() - self.tagged.keys():
+            self._refuse_running_text(self.tables[split])
         found = {tag for table in self.tagged.values() for tags in table.column(self.tag_column) for tag in tags}
         prefixed = set(filter(_ENTITY_TAG.fullmatch, found))
         self.has_entities = found == prefixed
@@ -61,6 +63,17 @@ class Ner(FineTuning):
                 for place, tag in enumerate(tags):
                     if tag in odd:
                         raise self._error(table, row, place, f"the tag {tag!r} is neither O nor B-TYPE or I-TYPE, as others are")
+
+    def _refuse_running_text(self, table):
+        """Raises DataError where the last words of lines would be taken for their tags."""
+        last = {tag for tags in table.columns.get(self.tag_column, []) for tag in tags}
+        labels = set(self.config.id2label.values())
+        if (
+            Path(table.path).suffix.lower() not in TABLES
+            and last
+            and not any(_ENTITY_TAG.fullmatch(t) or t in labels for t in last)
+        ):
+            raise self._error(table, 0, 0, f"{table.columns[self.tag_column][0][0]!r} is no tag: one token a line is expected")
 
     def _check_tokens(self, table):
         for row, tokens in enumerate(table.column(self.token_column)):

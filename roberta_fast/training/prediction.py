@@ -3,11 +3,15 @@
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 from roberta_fast.options import PRECISIONS
 from roberta_fast.training.arguments import require_extra
 from roberta_fast.training.cli import report_errors
+
+# The form of what comes by standard input, where it is not a text a line.
+_FROM_STDIN = {"ner": ".conll", "qa": ".jsonl"}
 
 
 def run(argv: list[str]) -> int:
@@ -15,7 +19,9 @@ def run(argv: list[str]) -> int:
     description = "Predicts new data by a model of roberta-fast finetune."
     parser = argparse.ArgumentParser(prog="roberta-fast predict", description=description, allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="DIR", help="the --output_dir of roberta-fast finetune")
-    parser.add_argument("--file", required=True, help="the data, in a format of the training data; labels are not needed")
+    parser.add_argument(
+        "--file", required=True, help="the data, in a format of the training data; labels are not needed. -: standard input"
+    )
     parser.add_argument("--output", help="where the predictions go, a json object a line (default: standard output)")
     parser.add_argument("--batch_size", type=int, default=32, help="texts in a batch (32)")
     parser.add_argument("--precision", choices=PRECISIONS[1:], help="8-bit weights in the layers: int8 on CPU, fp8 on a GPU")
@@ -32,12 +38,18 @@ def _run(given):
     from transformers.utils import logging
 
     from roberta_fast.training import report
-    from roberta_fast.training.api import predict
+    from roberta_fast.training.api import predict, task_of
 
     logging.disable_progress_bar()
     chosen = {name: value for name in ("precision", "n_best_size") if (value := getattr(given, name)) is not None}
     settings = {"fast": not given.no_fast, "per_device_eval_batch_size": given.batch_size, "disable_tqdm": True, **chosen}
-    rows = predict(given.model, given.file, **settings)
+    if given.file == "-":
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / f"stdin{_FROM_STDIN.get(task_of(given.model), '.txt')}"
+            file.write_bytes(sys.stdin.buffer.read())
+            rows = predict(given.model, file, **settings)
+    else:
+        rows = predict(given.model, given.file, **settings)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     if given.output:
         report.write_text(Path(given.output), text)

@@ -210,8 +210,21 @@ def test_wrong_input_names_its_task(tmp_path, tiny_checkpoint, tasks):
             tiny_checkpoint,
             [tasks[1], tasks[0].replace("mood", "untrained").replace("train_file", "test_file")],
         )
+    with pytest.raises(ValueError, match="early_stopping_patience=1 needs validation data of a task"):
+        run(
+            tmp_path / "out",
+            tiny_checkpoint,
+            [t.replace("validation_file", "test_file") for t in tasks[:2]],
+            early_stopping_patience=1,
+        )
     with pytest.raises(ValueError, match="lora_r=2 is for one task alone"):
         run(tmp_path / "out", tiny_checkpoint, tasks, lora_r=2)
+
+
+def test_one_task_with_validation_data_is_enough_to_stop_early(tmp_path, tiny_checkpoint, tasks):
+    tasks = [tasks[0], tasks[1].replace("validation_file", "test_file")]
+    result = run(tmp_path / "out", tiny_checkpoint, tasks, early_stopping_patience=1, max_steps=2)
+    assert "eval_mood_accuracy" in result.metrics
 
 
 @pytest.mark.parametrize("source", ["flags", "config"])

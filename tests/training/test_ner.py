@@ -90,6 +90,28 @@ def test_lines_end_as_they_do(end, tmp_path):
     assert list(table.lines) == [1, 4]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Anna went to Oslo\n", "new.conll, line 1: 'Oslo' is no tag: one token a line is expected"),
+        ("Anna went to Oslo\nTom too\n", "new.conll, line 2: 2 columns, but the sentence begins with 4: 'Tom too'"),
+        ("in O\nNew York B-LOC\n", "new.conll, line 2: 3 columns, but the sentence begins with 2: 'New York B-LOC'"),
+        ("Anna\nOslo B-LOC\n", "new.conll, line 2: 2 columns, but the sentence begins with 1: 'Oslo B-LOC'"),
+    ],
+    ids=["running text", "lines of it", "a space in a token", "a tag for some"],
+)
+def test_words_are_not_taken_for_tags(text, message, trained, tmp_path):
+    (tmp_path / "new.conll").write_text(text)
+    with pytest.raises(DataError, match=message):
+        predict(trained.output_dir, tmp_path / "new.conll", use_cpu=True)
+
+
+def test_foreign_tags_are_passed_over_in_prediction(trained, tmp_path):
+    (tmp_path / "new.conll").write_text("Anna NNP B-HUMAN\nwent VBD O\n")
+    (row,) = predict(trained.output_dir, tmp_path / "new.conll", use_cpu=True)
+    assert row["tokens"] == ["Anna", "went"]
+
+
 def test_one_tag_only(tmp_path, tiny_checkpoint):
     (tmp_path / "train.conll").write_text("Anna O\nwent O\n")
     with pytest.raises(DataError, match=r"train.conll: tags has one value only: 'O'"):
