@@ -59,7 +59,7 @@ def flag(default, help: str, **metadata):
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and on which encoder."""
+    """Which model is trained, and on which encoder. Raises ValueError for adapters that cannot be, or would change nothing."""
 
     _argument_group_name = "model"
 
@@ -78,6 +78,14 @@ class ModelArguments:
     lora_target_modules: str = flag(
         "query,value", "names of the linear modules that get adapters; all-linear: every one but the head"
     )
+
+    def __post_init__(self):
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r={self.lora_r} must be 0 or more")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must lie in [0, 1)")
 
 
 @dataclass
@@ -248,10 +256,12 @@ def config_flags(file: str | Path, parser: argparse.ArgumentParser) -> list[str]
     loaded = load_config(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected flags by name, got a {type(loaded).__name__}")
-    known = {action.dest for action in parser._actions}
+    known = {action.dest: action.nargs for action in parser._actions}
     for name in loaded:
         if name not in known:
             raise ValueError(f"{path}: {name!r} is no flag of this command")
+        if isinstance(loaded[name], list) and known[name] is None:
+            loaded[name] = ",".join(map(str, loaded[name]))  # as the command line has the seeds, say
     return _as_command_line(loaded)
 
 

@@ -181,8 +181,8 @@ def read_conll(path: str | Path, token_column: int = 0, tag_column: int | None =
 
     Where a line has tabs, they alone divide it, and its token may be empty, as invisible characters have made it in real files.
     The columns ``tokens`` and ``tags`` hold lists, ``tags`` only where tag_column is not None; ``lines`` the line of each
-    sentence's first token. Raises DataError at a line with more or fewer columns than the sentence's first one: running text, or a
-    token with a space in it.
+    sentence's first token. Raises DataError at a line with more or fewer columns than the sentence's first one, as running text
+    and tokens with a space have.
     """
     tokens, tags, lines = [], [], []
     ends = True

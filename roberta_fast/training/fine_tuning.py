@@ -85,10 +85,11 @@ class FineTuning:
         self.drops_tokens = bool(args.token_dropout) or "token_dropout" in self.space
         self.config = self._config()
         self.tokenizer = self.load_tokenizer()
+        if args.prediction_loss_only:
+            raise ValueError("prediction_loss_only=True leaves no predictions to measure and to report on")
         self.prepare()
         if {"train", "validation"} <= self.tables.keys() and args.metric_for_best_model not in ("auto", None):
-            names = ("loss",) if args.prediction_loss_only else ("loss", *self.measured())
-            require_metric(args.metric_for_best_model, {f"eval_{name}": 0.0 for name in names})
+            require_metric(args.metric_for_best_model, {f"eval_{name}": 0.0 for name in ("loss", *self.measured())})
         if args.early_stopping_patience and "train" in self.tables and "validation" not in self.tables:
             raise ValueError(f"early_stopping_patience={args.early_stopping_patience} needs validation data")
         if args.label_smoothing_factor and "train" in self.tables and not self.smooths_labels:

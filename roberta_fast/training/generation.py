@@ -45,6 +45,8 @@ class Generation(FineTuning):
             raise ValueError(f"temperature={given.temperature} must be above 0; --no-do-sample takes the likeliest token")
         if given.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={given.max_new_tokens} must be at least 1")
+        if given.top_k < 0:
+            raise ValueError(f"top_k={given.top_k} must be 0 or more")
         if not 0 < given.top_p <= 1:
             raise ValueError(f"top_p={given.top_p} must be above 0 and at most 1")
         self.begin, self.end = text_bounds(self.tokenizer)
@@ -57,6 +59,9 @@ class Generation(FineTuning):
             for row, text in enumerate(table.column(column)):
                 if not isinstance(text, str):
                     raise table.error(row, f"{column} is no text: {text!r:.60}")
+        if "test" in self.tables:
+            for prompt in self.tables["test"].column(self._column(self.tables["test"])):
+                self.check_length(len(self._prompt(prompt)) + given.max_new_tokens, "the prompt's tokens + max_new_tokens")
 
     def _column(self, table):
         return self.data_args.text_column_name or next((c for c in TEXT_COLUMNS if c in table.columns), "text")
@@ -95,6 +100,9 @@ class Generation(FineTuning):
         report.write_text(folder / "continuations.txt", "\n\n".join(row["prompt"] + row["continuation"] for row in rows) + "\n")
         return {}, rows
 
+    def _prompt(self, text):
+        return [self.begin, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
     def _continuations(self, model, prompts) -> Iterator[dict]:
         """One by one: prompts of different lengths would have to be padded on the left."""
         given = self.data_args
@@ -103,8 +111,7 @@ class Generation(FineTuning):
             sampling = {"do_sample": True, "temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
         model.eval()
         for prompt in prompts:
-            ids = [self.begin, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-            self.check_length(len(ids) + given.max_new_tokens, "the prompt's tokens + max_new_tokens")
+            ids = self._prompt(prompt)
             inputs = torch.tensor([ids], device=model.device)
             mask = torch.ones_like(inputs)
             made = model.generate(

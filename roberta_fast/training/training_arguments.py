@@ -48,7 +48,10 @@ class FastTrainingArguments(TrainingArguments):
             self.tokens_per_batch = 0 if self.per_device_train_batch_size else TOKENS_PER_BATCH
         if self.tokens_per_batch < 0:
             raise ValueError(f"tokens_per_batch={self.tokens_per_batch} must be 0 or more")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+        for name, least in (("per_device_train_batch_size", 0), ("gradient_accumulation_steps", 1), ("weight_decay", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not self.num_train_epochs > 0 and self.max_steps <= 0:
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0")
         if not 0 < self.layer_lr_decay <= 1:
             raise ValueError(f"layer_lr_decay={self.layer_lr_decay} must lie in (0, 1]")

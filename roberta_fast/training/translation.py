@@ -140,7 +140,8 @@ class Translation(FineTuning):
         model.generation_config.bos_token_id = begin
         model.generation_config.max_length = self.data_args.max_target_length
         model.generation_config.num_beams = self.data_args.num_beams
-        model.generation_config.length_penalty = self.data_args.length_penalty
+        if self.data_args.num_beams > 1:  # without beams a config with either is not saved
+            model.generation_config.length_penalty = self.data_args.length_penalty
         model.generation_config.early_stopping = self.data_args.num_beams > 1
 
     def encode(self, table: Table):

@@ -166,6 +166,56 @@ BAD_INPUT = [
         {"resume_from_checkpoint": "nowhere", "seeds": "1,2"},
         "resume_from_checkpoint='nowhere' is of one seed",
     ),
+    (
+        "no step",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"gradient_accumulation_steps": 0},
+        "gradient_accumulation_steps=0 must be at least 1",
+    ),
+    (
+        "a negative batch",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"per_device_train_batch_size": -3},
+        "per_device_train_batch_size=-3 must be at least 0",
+    ),
+    (
+        "negative decay",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"weight_decay": -1.0},
+        "weight_decay=-1.0 must be at least 0",
+    ),
+    (
+        "epochs that are no number",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"num_train_epochs": float("nan")},
+        "num_train_epochs=nan must be above 0",
+    ),
+    ("negative rank", "text,label\nx,1\ny,0\n", "text,label\nx,1\n", {"lora_r": -4}, "lora_r=-4 must be 0 or more"),
+    (
+        "adapters without effect",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"lora_r": 2, "lora_alpha": 0},
+        "lora_alpha=0 must be above 0",
+    ),
+    (
+        "dropout of all",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"lora_r": 2, "lora_dropout": 1.0},
+        "lora_dropout=1.0 must lie in",
+    ),
+    (
+        "no predictions",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"prediction_loss_only": True},
+        "prediction_loss_only=True leaves no predictions",
+    ),
 ]
 
 

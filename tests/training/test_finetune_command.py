@@ -97,6 +97,12 @@ def test_the_command_line_overrides_the_config(suffix, tmp_path):
     assert (training.learning_rate, training.output_dir, training.lr_scheduler_kwargs) == (3e-4, "o", {"a": 1})
 
 
+def test_a_list_in_a_config_is_what_the_command_line_has_with_commas(tmp_path):
+    (tmp_path / "run.yaml").write_text("seeds: [1, 2]\ntext_column_names: [question, sentence]\n")
+    _, data, training = parsed("--config", str(tmp_path / "run.yaml"))
+    assert (training.seeds, data.text_column_names) == ("1,2", "question,sentence")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -69,6 +69,13 @@ def test_scores_are_sacrebleus():
     assert translation_scores(["nichts"] * 2, perfect)["bleu"] < 5
 
 
+def test_without_beams_a_length_penalty_has_no_effect(tmp_path, tiny_checkpoint):
+    """Together they made a generation config that cannot be saved, as was seen at the first checkpoint."""
+    train = translations(tmp_path / "t", 8)
+    result = translate(tmp_path, tiny_checkpoint, train, None, num_beams=1, length_penalty=2.0, max_steps=1)
+    assert EncoderDecoderModel.from_pretrained(result.output_dir).generation_config.num_beams == 1
+
+
 def test_translation_stops_before_training(tmp_path, tiny_checkpoint):
     row = {"translation": {"en": "one"}}
     with pytest.raises(DataError, match="line 1: translation has no 'de'"):
@@ -124,9 +131,14 @@ def test_generation_stops_before_training(tmp_path, tiny_checkpoint):
         ("temperature", 0, "must be above 0"),
         ("max_new_tokens", 0, "must be at least 1"),
         ("top_p", 7.0, "must be above 0 and at most 1"),
+        ("top_k", -1, "must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=f"{flag}={value} {message}"):
             generate(tmp_path, tiny_checkpoint, train_file=file, **{flag: value})
+    (tmp_path / "b.txt").write_text("a dull film\n" * 9)
+    with pytest.raises(ValueError, match=r"the prompt's tokens \+ max_new_tokens=\d+, but the model has 128 positions"):
+        generate(tmp_path, tiny_checkpoint, train_file=str(tmp_path / "b.txt"), prompt="a " * 100)
+    assert not (tmp_path / "out").exists()
 
 
 def test_perplexity_overflows_to_infinity():
