@@ -53,7 +53,7 @@ SST2 = Case(
     "sst2/train.tsv",
     "sst2/validation.tsv",
     "eval_accuracy",
-    ("--learning_rate", "1e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "512", "--num_train_epochs", "3"),
+    ("--learning_rate", "1e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "512", "--num_train_epochs", "4"),
 )
 CASES = {
     "sst2": SST2,
