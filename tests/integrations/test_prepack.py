@@ -217,6 +217,17 @@ def test_generation_by_decoders():
         assert packed(model) > 0
 
 
+def test_bits_are_those_of_deterministic_products(stock, inputs):
+    with_copies, without = (
+        accelerate_model(copy.deepcopy(stock), deterministic=True, prepack=prepack, on_unsupported="error")
+        for prepack in (True, False)
+    )
+    wanted = logits(without, inputs)
+    assert torch.equal(logits(with_copies, inputs), wanted) and packed(with_copies) > 0
+    alone = {name: value[:1] for name, value in inputs.items()}
+    assert torch.equal(logits(with_copies, alone), wanted[:1])
+
+
 def test_compiled_models_do_without(model, stock, inputs):
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
