@@ -8,15 +8,7 @@ from transformers import PreTrainedConfig
 from roberta_fast import copies, fp8
 from roberta_fast import encoder as fast
 from roberta_fast.deterministic import set_deterministic
-from roberta_fast.families import (
-    FAMILIES,
-    MODELS,
-    Family,
-    family_of,
-    family_of_encoder,
-    family_of_model,
-    supported_model_types,
-)
+from roberta_fast.families import FAMILIES, MODELS, Family, family_of, family_of_encoder, family_of_model, supported_model_types
 from roberta_fast.options import FastOptions
 from roberta_fast.reporting import FastModel, make_fast, make_stock
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from roberta_fast.families import LINEARS, LayerParts, is_plain, layer_parts, unwrapped
+from roberta_fast.families import is_plain, layer_parts, unwrapped
 from roberta_fast.fp8 import Fp8Linears
 from roberta_fast.int8 import RELEASED, Int8Linears
 from roberta_fast.options import FastOptions
+from roberta_fast.parts import LINEARS, LayerParts
 
 KINDS = {kind.precision: kind for kind in (Int8Linears, Fp8Linears)}
 

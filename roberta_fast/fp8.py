@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from roberta_fast import ops
-from roberta_fast.families import LINEARS, LayerParts, gelu_form, is_plain
+from roberta_fast.families import gelu_form, is_plain
 from roberta_fast.int8 import fixed, joined_bias
 from roberta_fast.ops.fp8_linear import (
     E4M3,
@@ -23,6 +23,7 @@ from roberta_fast.ops.fp8_linear import (
     quantize_weight_fp8,
 )
 from roberta_fast.packing import PackedBatch
+from roberta_fast.parts import LINEARS, LayerParts
 
 
 class Fp8Linear(NamedTuple):

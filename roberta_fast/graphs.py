@@ -26,9 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from roberta_fast.families import LINEARS, gelu_form, is_plain, layer_parts
+from roberta_fast.families import gelu_form, is_plain, layer_parts
 from roberta_fast.layer import FastLayer, foreign_hooks, layer_objection
 from roberta_fast.options import FastOptions
+from roberta_fast.parts import LINEARS
 from roberta_fast.recorders import RECORDERS
 from roberta_fast.snapshots import TRAINS, Snapshot, dropouts_of
 

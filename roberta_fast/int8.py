@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from roberta_fast import ops
-from roberta_fast.families import LINEARS, LayerParts, gelu_form
+from roberta_fast.families import gelu_form
 from roberta_fast.ops.int8_linear import Int8Weight, pack_weight, quantize_rows
 from roberta_fast.packing import PackedBatch
+from roberta_fast.parts import LINEARS, LayerParts
 
 RELEASED = (
     "but release_weights has freed the layers' fp32 weights, and this model has its 8-bit copies alone: "

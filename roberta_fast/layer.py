@@ -7,9 +7,10 @@ from roberta_fast import ops, padding_mask
 from roberta_fast.copies import CopiesHolder, copies_of
 from roberta_fast.decoding import cross_attention, self_attention
 from roberta_fast.deterministic import Linear
-from roberta_fast.families import LINEARS, LayerParts, gelu_form, is_plain, layer_parts, unwrapped
+from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
 from roberta_fast.ops import dropout
 from roberta_fast.packing import PackedBatch
+from roberta_fast.parts import LINEARS, LayerParts
 from roberta_fast.prepacked import packed_weight
 
 

@@ -21,8 +21,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from roberta_fast.accelerate import accelerate_model, fast_encoders
 from roberta_fast.copies import copies_of
-from roberta_fast.families import LINEARS, layer_parts, unwrapped
+from roberta_fast.families import layer_parts, unwrapped
 from roberta_fast.int8 import Int8Linears, ReleasedWeight
+from roberta_fast.parts import LINEARS
 
 FILE = "model.int8.safetensors"
 FORMAT, VERSION = "roberta_fast int8, rotated by Hadamard matrices of 64", "1"

@@ -9,8 +9,9 @@ import operator
 import torch
 from torch import nn
 
-from roberta_fast.families import LayerParts, layer_parts
+from roberta_fast.families import layer_parts
 from roberta_fast.layer import foreign_hooks
+from roberta_fast.parts import LayerParts
 
 
 class Snapshot:

@@ -2,8 +2,8 @@
 // Of few rows it is x that is transposed, once, and the weights are read once and as they lie. Of more, a task transposes a panel
 // of weights into its cache and passes the rows of x along it. What follows the product happens while the sums are still in the
 // nearest cache. An element of y is always the same sum, over k in ascending runs as gemm.h makes them.
-// Many rows, and single ones, are left to PyTorch's product, unless their bits must not depend on their number. Weights that were
-// packed beforehand lie as panels already: blocks of rows, which stay in the second cache, pass over them.
+// Many rows are left to PyTorch's product, unless their bits must not depend on their number. Weights that were packed beforehand
+// lie as panels already: blocks of rows, which stay in the second cache, pass over them.
 #include "linear.h"
 
 #include <ATen/ops/empty.h>
@@ -214,7 +214,7 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
                       chunks};
   if (packed.has_value()) check_shape(*packed, "packed", {panels, depth, PANEL});
   const bool many = !packed.has_value() && (n > MANY_ROWS || active_level() != Level::avx512);
-  if (!deterministic && (n == 1 || many)) {  // a single row waits for the weights to come from memory, whoever multiplies
+  if (!deterministic && many) {
     at::mm_out(y, rows, columns.t());
     // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
     at::parallel_for(0, n, std::max<int64_t>(1, 8192 / m),
