@@ -5,6 +5,7 @@ pytest-xdist's processes share the cores out, also for the programs that tests s
 
 import importlib.util
 import os
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,18 @@ class Backend(NamedTuple):
 
     name: str
     device: str
+
+    def fitted(self, case, products=False):
+        """A dataclass with the half type that kernels in C++ compute, bfloat16, where it has float16, Triton's interpreter's.
+
+        products: skips the test where the processor has no products of that type.
+        """
+        changed = {f.name: torch.bfloat16 for f in fields(case) if getattr(case, f.name) == torch.float16}
+        if self.name != "cpp" or not changed:
+            return case
+        if products and not torch.ops.roberta_fast_cpp.multiplies_bfloat16():
+            pytest.skip("this processor has no AVX-512 BF16")
+        return replace(case, **changed)
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@
 namespace roberta_fast {
 namespace {
 
+template <class Element>
 struct Forward {
-  const float* x;
-  const float* residual;  // null where there is none
+  const Element* x;
+  const Element* residual;  // null where there is none
   const float* weight;
   const float* bias;
-  float* y;
+  Element* y;
   float* mean;
   float* rstd;
   int64_t stride_x, stride_residual, hidden;
@@ -46,26 +47,28 @@ ALWAYS_INLINE Floats<Isa> pre_norm(const Params& p, int64_t row, int64_t c, int6
   return p.residual ? z + load_first<Floats<Isa>>(p.residual + row * p.stride_residual + c, n) : z;
 }
 
-template <class Isa>
-ALWAYS_INLINE void forward_rows(const Forward& p, int64_t begin, int64_t end) {
+template <class Isa, class Element>
+ALWAYS_INLINE void forward_rows(const Forward<Element>& p, int64_t begin, int64_t end) {
   constexpr int W = Isa::WIDTH;
+  RowBuffer buffer(p.hidden);
   std::vector<uint16_t> draws = draw_buffer<Isa>(p.dropout, p.hidden);
   for (int64_t row = begin; row < end; ++row) {
     draw_row<Isa>(p.dropout, p.dropout_rows ? p.dropout_rows[row] : row, p.hidden, draws);
-    // y holds z until the statistics are known; a row stays in the first-level cache between the passes.
-    float* y = p.y + row * p.hidden;
+    Element* y = p.y + row * p.hidden;
+    float* row_of_z = buffer.in(y);  // stays in the first-level cache between the passes
     Floats<Isa> total = {};
     for (int64_t c = 0; c < p.hidden; c += W) {
       const Floats<Isa> z = pre_norm<Isa>(p, row, c, p.hidden - c, draws.data());
-      store_first(y + c, z, p.hidden - c);
+      store_first(row_of_z + c, z, p.hidden - c);
       total += z;
     }
-    const RowStatistics statistics = normalize_row<Isa>(y, sum(total), p.hidden, p.weight, p.bias, p.eps);
+    const RowStatistics statistics = normalize_row<Isa>(row_of_z, y, sum(total), p.hidden, p.weight, p.bias, p.eps);
     p.mean[row] = statistics.mean;
     p.rstd[row] = statistics.rstd;
   }
 }
-ROBERTA_FAST_KERNEL(forward_rows, Forward)
+ROBERTA_FAST_KERNEL(forward_rows, Forward<float>)
+ROBERTA_FAST_KERNEL(forward_rows, Forward<at::BFloat16>)
 
 // Chunks of rows: which rows share a chunk depends on their number alone, so the sums do not depend on the threads.
 template <class Isa>
@@ -109,8 +112,6 @@ ROBERTA_FAST_KERNEL(backward_chunks, Backward)
 // About 32k elements a task: less does not repay waking a thread.
 int64_t rows_per_task(int64_t hidden) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, hidden)); }
 
-at::Tensor as_float(const at::Tensor& t) { return with_unit_stride(t.to(at::kFloat)); }
-
 std::optional<at::Tensor> checked_residual(const std::optional<at::Tensor>& residual, const at::Tensor& x) {
   if (!residual.has_value()) return std::nullopt;
   check_shape(*residual, "residual", x.sizes());
@@ -125,46 +126,57 @@ at::Tensor checked_rows(const std::optional<at::Tensor>& dropout_rows, int64_t n
   return dropout_rows->contiguous();
 }
 
+// x and residual, of one type, of which y is as well.
+template <class Element>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                                                       const at::Tensor& weight, const at::Tensor& bias, double eps,
+                                                       const Dropout& dropout, const at::Tensor& numbers, int64_t real) {
+  const int64_t n = x.size(0), hidden = x.size(1);
+  const at::Tensor scale = as_float(weight), shift = as_float(bias), y = at::empty({n, hidden}, x.options());
+  const at::Tensor mean = at::empty({n}, scale.options()), rstd = at::empty({n}, scale.options());
+  const Forward<Element> params{x.const_data_ptr<Element>(),
+                                residual ? residual->const_data_ptr<Element>() : nullptr,
+                                scale.const_data_ptr<float>(),
+                                shift.const_data_ptr<float>(),
+                                y.mutable_data_ptr<Element>(),
+                                mean.mutable_data_ptr<float>(),
+                                rstd.mutable_data_ptr<float>(),
+                                x.stride(0),
+                                residual ? residual->stride(0) : 0,
+                                hidden,
+                                eps,
+                                dropout,
+                                numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr};
+  at::parallel_for(0, real, rows_per_task(hidden), [&](int64_t begin, int64_t end) { forward_rows_for_cpu(params, begin, end); });
+  return {y, mean, rstd};
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> add_layer_norm_fwd(const at::Tensor& x, const std::optional<at::Tensor>& residual,
                                                                   const at::Tensor& weight, const at::Tensor& bias, double eps,
                                                                   double dropout_p, const std::optional<at::Tensor>& seed,
                                                                   const std::optional<at::Tensor>& count,
                                                                   const std::optional<at::Tensor>& dropout_rows) {
-  check_float(x, "x", 2);
-  const int64_t n = x.size(0), hidden = x.size(1);
+  const bool halves = x.scalar_type() == at::kBFloat16;
+  check_same(x, {{&x, "x"}}, 2);
+  const int64_t n = x.size(0), hidden = x.size(1), real = real_rows(count, n);
   check_shape(weight, "weight", {hidden});
   check_shape(bias, "bias", {hidden});
-  const at::Tensor rows = with_unit_stride(x), scale = as_float(weight), shift = as_float(bias);
-  const std::optional<at::Tensor> added = checked_residual(residual, x);
+  const Dropout dropout = make_dropout(dropout_p, seed);
   const at::Tensor numbers = checked_rows(dropout_rows, n);
-  const at::Tensor y = at::empty({n, hidden}, x.options()), mean = at::empty({n}, x.options()),
-                   rstd = at::empty({n}, x.options());
-  const Forward params{rows.const_data_ptr<float>(),
-                       added ? added->const_data_ptr<float>() : nullptr,
-                       scale.const_data_ptr<float>(),
-                       shift.const_data_ptr<float>(),
-                       y.mutable_data_ptr<float>(),
-                       mean.mutable_data_ptr<float>(),
-                       rstd.mutable_data_ptr<float>(),
-                       rows.stride(0),
-                       added ? added->stride(0) : 0,
-                       hidden,
-                       eps,
-                       make_dropout(dropout_p, seed),
-                       numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr};
-  at::parallel_for(0, real_rows(count, n), rows_per_task(hidden),
-                   [&](int64_t begin, int64_t end) { forward_rows_for_cpu(params, begin, end); });
+  if (halves && (!residual || residual->scalar_type() == at::kBFloat16)) {
+    std::optional<at::Tensor> added;
+    if (residual) check_shape(*residual, "residual", x.sizes()), added = with_unit_stride(*residual);
+    return forward<at::BFloat16>(with_unit_stride(x), added, weight, bias, eps, dropout, numbers, real);
+  }
+  auto [y, mean, rstd] = forward<float>(as_float(x), checked_residual(residual, x), weight, bias, eps, dropout, numbers, real);
   return {residual ? y.to(residual->scalar_type()) : y, mean, rstd};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(const at::Tensor& dy, const at::Tensor& x,
-                                                                              const std::optional<at::Tensor>& residual,
-                                                                              const at::Tensor& weight, const at::Tensor& mean,
-                                                                              const at::Tensor& rstd, double dropout_p,
-                                                                              const std::optional<at::Tensor>& seed,
-                                                                              const std::optional<at::Tensor>& count,
-                                                                              const std::optional<at::Tensor>& dropout_rows) {
-  check_float(x, "x", 2);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(
+    const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight,
+    const at::Tensor& mean, const at::Tensor& rstd, double dropout_p, const std::optional<at::Tensor>& seed,
+    const std::optional<at::Tensor>& count, const std::optional<at::Tensor>& dropout_rows) {
+  check_same(x, {{&x, "x"}}, 2);
   const int64_t n = x.size(0), hidden = x.size(1);
   check_shape(dy, "dy", x.sizes());
   check_shape(weight, "weight", {hidden});
@@ -172,15 +184,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(co
   check_float(rstd, "rstd", 1);
   check_shape(mean, "mean", {n});
   check_shape(rstd, "rstd", {n});
-  const at::Tensor gradient = as_float(dy), rows = with_unit_stride(x), scale = as_float(weight);
+  const at::Tensor gradient = as_float(dy), rows = as_float(x), scale = as_float(weight);
   const at::Tensor means = mean.contiguous(), rstds = rstd.contiguous();
   const std::optional<at::Tensor> added = checked_residual(residual, x);
   const at::Tensor numbers = checked_rows(dropout_rows, n);
   const int64_t real = real_rows(count, n);
   const RowChunks chunks(real);
-  const at::Tensor dz = at::empty({n, hidden}, x.options());
-  const at::Tensor dx = dropout_p != 0.0 ? at::empty({n, hidden}, x.options()) : at::empty({0}, x.options());
-  const at::Tensor partials = at::zeros({chunks.number, 2 * hidden}, x.options());
+  const at::Tensor dz = at::empty({n, hidden}, rows.options());
+  const at::Tensor dx = dropout_p != 0.0 ? at::empty({n, hidden}, rows.options()) : at::empty({0}, rows.options());
+  const at::Tensor partials = at::zeros({chunks.number, 2 * hidden}, rows.options());
   const Backward params{gradient.const_data_ptr<float>(),
                         rows.const_data_ptr<float>(),
                         added ? added->const_data_ptr<float>() : nullptr,
@@ -202,7 +214,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(co
                    [&](int64_t begin, int64_t end) { backward_chunks_for_cpu(params, begin, end); });
   const at::Tensor sums = column_sums(partials).to(weight.scalar_type());
   // Copies: results of an operator may not share memory.
-  return {residual ? dz.to(residual->scalar_type()) : dz, dx, sums.narrow(0, 0, hidden).clone(),
+  return {dz.to((residual ? *residual : x).scalar_type()), dx.to(x.scalar_type()), sums.narrow(0, 0, hidden).clone(),
           sums.narrow(0, hidden, hidden).clone()};
 }
 

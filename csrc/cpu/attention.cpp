@@ -6,13 +6,12 @@
 #include <torch/library.h>
 
 #include <numeric>
+#include <type_traits>
 
 namespace roberta_fast {
 
 void check_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
-  check_float(query, "query", 3);
-  check_float(key, "key", 3);
-  check_float(value, "value", 3);
+  check_same(query, {{&query, "query"}, {&key, "key"}, {&value, "value"}}, 3);
   check_shape(key, "key", {key.size(0), query.size(1), query.size(2)});
   check_shape(value, "value", key.sizes());
 }
@@ -57,9 +56,10 @@ struct Task {
   int64_t head, first;
 };
 
+template <class Element>
 struct Forward {
-  Packed<const float> query, key, value;
-  Packed<float> out;
+  Packed<const Element> query, key, value;
+  Packed<Element> out;
   float* lse;  // [H, Nq]
   int64_t rows;
   Shape shape;
@@ -112,21 +112,21 @@ ALWAYS_INLINE Floats<Isa> softmax_lanes(float* scores, int64_t keys, float* maxi
 
 // Dropout on a block of transposed weights; first_key counts visible keys.
 template <class Isa>
-ALWAYS_INLINE void drop_lanes(const Forward& p, const Segment& s, int64_t first_query, int64_t first_key, int64_t keys,
+ALWAYS_INLINE void drop_lanes(const Shape& shape, const Segment& s, int64_t first_query, int64_t first_key, int64_t keys,
                               int64_t head, float* weights) {
   const int64_t first_column = s.skipped + first_key;
   for (int64_t j = 0; j < keys;) {
     const int64_t column = first_column + j;
     KeyDraws<Isa> draws;
-    draws.draw(p.shape.dropout, first_query, column / DRAWS_PER_CALL, head, s.index);
+    draws.draw(shape.dropout, first_query, column / DRAWS_PER_CALL, head, s.index);
     for (int i = column % DRAWS_PER_CALL; i < DRAWS_PER_CALL && j < keys; ++i, ++j)
-      store(weights + j * BLOCK, draws.keep(p.shape.dropout, i, load<Floats<Isa>>(weights + j * BLOCK)));
+      store(weights + j * BLOCK, draws.keep(shape.dropout, i, load<Floats<Isa>>(weights + j * BLOCK)));
   }
 }
 
 // The log-sum-exp of queries, and what their sums of weighted values are to be multiplied by.
-template <class Isa>
-ALWAYS_INLINE void finish_lanes(const Forward& p, const Segment& s, int64_t first, int64_t queries, int64_t head,
+template <class Isa, class Element>
+ALWAYS_INLINE void finish_lanes(const Forward<Element>& p, const Segment& s, int64_t first, int64_t queries, int64_t head,
                                 const float* maximum, const float* weight_sum, float* factors) {
   using Vector = Floats<Isa>;
   for (int64_t q = 0; q < queries; q += Isa::WIDTH) {
@@ -143,13 +143,24 @@ template <class Element>
 ALWAYS_INLINE void ask_for(const Packed<Element>& t, int64_t row, int64_t head, int64_t rows, int64_t columns, int64_t share,
                            int64_t shares) {
   for (int64_t r = rows * share / shares; r < rows * (share + 1) / shares; ++r)
-    for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(t.at(row + r, head) + c, 0, 2);
+    for (int64_t c = 0; c < columns; c += 64 / sizeof(Element)) __builtin_prefetch(t.at(row + r, head) + c, 0, 2);
 }
 
-template <class Isa>
-ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
+// Rows of floats as they lie, where they are whole vectors one behind the other; else as a copy of theirs.
+template <class Isa, class Element>
+ALWAYS_INLINE const float* as_floats(const Element* from, int64_t stride, int64_t rows, int64_t columns, int64_t width,
+                                     float* copy) {
+  if constexpr (std::is_same_v<Element, float>)
+    if (stride == width && columns == width) return from;
+  copy_rows<Isa>(from, stride, rows, columns, copy, width);
+  return copy;
+}
+
+template <class Isa, class Element>
+ALWAYS_INLINE void attend(const Forward<Element>& p, int64_t task, int64_t) {
   using Vector = Floats<Isa>;
   constexpr int W = Isa::WIDTH;
+  constexpr bool CONVERTED = !std::is_same_v<Element, float>;
   const int64_t head_dim = p.shape.head_dim, width = padded(head_dim), head = p.tasks[task].head, first = p.tasks[task].first;
   const Segment& s = *p.tasks[task].segment;
   const int64_t queries = std::min(BLOCK, s.queries - first), lanes = vectors<Isa>(queries);
@@ -163,7 +174,7 @@ ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
   const int64_t most_keys = visible_keys(p.shape, s, first + queries - 1);
   const Task& next = p.tasks[std::min(task + p.threads, p.last_task)];
   prefetch_rows(p.key.at(s.key, head), p.key.stride_row, std::min(BLOCK, most_keys), head_dim);
-  transpose<Isa>(p.query.at(s.query + first, head), p.query.stride_row, queries, head_dim, p.shape.scale, query_t, BLOCK);
+  transpose_scaled<Isa>(p.query.at(s.query + first, head), p.query.stride_row, queries, head_dim, p.shape.scale, query_t, BLOCK);
   for (int64_t v = 0; v < lanes; ++v) {
     store(maximum + v * W, Vector{} - INFINITY);
     store(weight_sum + v * W, Vector{});
@@ -171,8 +182,13 @@ ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
   for (int64_t first_key = 0; first_key < most_keys; first_key += BLOCK) {
     const int64_t keys = std::min(BLOCK, most_keys - first_key);
     prefetch_rows(p.value.at(s.key + first_key, head), p.value.stride_row, keys, head_dim);
-    multiply<Isa>(
-        {p.key.at(s.key + first_key, head), p.key.stride_row, query_t, BLOCK, scores, BLOCK, keys, lanes, head_dim, false});
+    const Element* keys_in_memory = p.key.at(s.key + first_key, head);
+    if constexpr (CONVERTED) {  // into the place of the values, which are not wanted yet
+      copy_rows<Isa>(keys_in_memory, p.key.stride_row, keys, head_dim, value, width);
+      multiply<Isa>({value, width, query_t, BLOCK, scores, BLOCK, keys, lanes, head_dim, false});
+    } else {
+      multiply<Isa>({keys_in_memory, p.key.stride_row, query_t, BLOCK, scores, BLOCK, keys, lanes, head_dim, false});
+    }
     const bool partly_hidden = first_key + keys > visible_keys(p.shape, s, first);
     for (int64_t v = 0; v < lanes; ++v) {
       float* column = scores + v * W;
@@ -180,7 +196,7 @@ ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
         for (int64_t j = 0; j < keys; ++j)
           store(column + j * BLOCK, hide_later_key<Isa>(s, first + v * W, first_key + j, load<Vector>(column + j * BLOCK)));
       store(factors + v * W, softmax_lanes<Isa>(column, keys, maximum + v * W, weight_sum + v * W));
-      if (p.shape.dropout) drop_lanes<Isa>(p, s, first + v * W, first_key, keys, head, column);
+      if (p.shape.dropout) drop_lanes<Isa>(p.shape, s, first + v * W, first_key, keys, head, column);
       if (first_key + BLOCK >= most_keys) {
         const Segment& other = *next.segment;
         ask_for(p.out, s.query + first, head, queries, head_dim, v, lanes);
@@ -192,11 +208,7 @@ ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
     if (first_key > 0)
       for (int64_t r = 0; r < queries; ++r)
         for (int64_t d = 0; d < width; d += W) store(sums + r * width + d, load<Vector>(sums + r * width + d) * factors[r]);
-    const float* values = p.value.at(s.key + first_key, head);
-    if (p.value.stride_row != width || head_dim != width) {  // whole vectors, one behind the other, are read as they lie
-      copy_rows<Isa>(values, p.value.stride_row, keys, head_dim, value, width);
-      values = value;
-    }
+    const float* values = as_floats<Isa>(p.value.at(s.key + first_key, head), p.value.stride_row, keys, head_dim, width, value);
     const bool last = first_key + BLOCK >= most_keys;
     if (last) finish_lanes<Isa>(p, s, first, queries, head, maximum, weight_sum, factors);
     for (int64_t r = 0; r < queries; r += last ? OUT_ROWS : queries) {
@@ -213,16 +225,14 @@ ALWAYS_INLINE void attend(const Forward& p, int64_t task, int64_t) {
   for (int64_t r = 0; r < queries; ++r)
     for (int64_t d = 0; d < head_dim; d += W) store_first(p.out.at(s.query + first + r, head) + d, Vector{}, head_dim - d);
 }
-ROBERTA_FAST_KERNEL(attend, Forward)
+ROBERTA_FAST_KERNEL(attend, Forward<float>)
+ROBERTA_FAST_KERNEL(attend, Forward<at::BFloat16>)
 
-std::tuple<at::Tensor, at::Tensor> attention_fwd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                                 const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, int64_t, int64_t,
-                                                 double scale, bool causal, const std::optional<at::Tensor>& query_only,
-                                                 double dropout_p, const std::optional<at::Tensor>& seed, bool,
-                                                 const std::optional<at::Tensor>&) {
-  check_attention(query, key, value);
+template <class Element>
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                           const std::vector<Segment>& segments, float scale, bool causal,
+                                           const Dropout& dropout) {
   const int64_t rows = query.size(0), heads = query.size(1), head_dim = query.size(2);
-  const std::vector<Segment> segments = make_segments(cu_seqlens_q, cu_seqlens_k, query_only, rows, key.size(0));
   // Blocks of one head follow each other, while its keys and values lie in cache.
   std::vector<Task> tasks;
   int64_t covered = 0;
@@ -232,29 +242,41 @@ std::tuple<at::Tensor, at::Tensor> attention_fwd(const at::Tensor& query, const 
       for (int64_t first = 0; first < s.queries; first += BLOCK) tasks.push_back({&s, head, first});
   }
   const at::Tensor q = with_unit_stride(query), k = with_unit_stride(key), v = with_unit_stride(value);
-  at::Tensor out = at::empty({rows, heads, head_dim}, query.options()), lse = at::empty({heads, rows}, query.options());
+  at::Tensor out = at::empty({rows, heads, head_dim}, query.options()),
+             lse = at::empty({heads, rows}, query.options().dtype(at::kFloat));
   // Rows behind the last segment belong to no task.
   if (covered < rows) {
     out.narrow(0, covered, rows - covered).zero_();
     lse.narrow(1, covered, rows - covered).fill_(-INFINITY);
   }
-  const Forward params{packed(q),
-                       packed(k),
-                       packed(v),
-                       packed_output(out),
-                       lse.mutable_data_ptr<float>(),
-                       rows,
-                       {heads, head_dim, static_cast<float>(scale), causal, make_dropout(dropout_p, seed)},
-                       tasks.data(),
-                       static_cast<int64_t>(tasks.size()) - 1,
-                       at::get_num_threads(),
-                       nullptr};
+  const Forward<Element> params{packed<Element>(q),
+                                packed<Element>(k),
+                                packed<Element>(v),
+                                packed_output<Element>(out),
+                                lse.mutable_data_ptr<float>(),
+                                rows,
+                                {heads, head_dim, scale, causal, dropout},
+                                tasks.data(),
+                                static_cast<int64_t>(tasks.size()) - 1,
+                                at::get_num_threads(),
+                                nullptr};
   for_each_task(static_cast<int64_t>(tasks.size()), forward_scratch(head_dim), [&](int64_t task, float* scratch) {
-    Forward mine = params;
+    Forward<Element> mine = params;
     mine.scratch = scratch;
     attend_for_cpu(mine, task, task + 1);
   });
   return {out, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor> attention_fwd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                                 const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, int64_t, int64_t,
+                                                 double scale, bool causal, const std::optional<at::Tensor>& query_only,
+                                                 double dropout_p, const std::optional<at::Tensor>& seed, bool,
+                                                 const std::optional<at::Tensor>&) {
+  check_attention(query, key, value);
+  const std::vector<Segment> segments = make_segments(cu_seqlens_q, cu_seqlens_k, query_only, query.size(0), key.size(0));
+  const auto run = query.scalar_type() == at::kBFloat16 ? forward<at::BFloat16> : forward<float>;
+  return run(query, key, value, segments, static_cast<float>(scale), causal, make_dropout(dropout_p, seed));
 }
 
 }  // namespace

@@ -25,8 +25,14 @@ struct Packed {
   Element* at(int64_t row, int64_t head) const { return data + row * stride_row + head * stride_head; }
 };
 
-inline Packed<const float> packed(const at::Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0), t.stride(1)}; }
-inline Packed<float> packed_output(const at::Tensor& t) { return {t.mutable_data_ptr<float>(), t.stride(0), t.stride(1)}; }
+template <class Element = float>
+Packed<const Element> packed(const at::Tensor& t) {
+  return {t.const_data_ptr<Element>(), t.stride(0), t.stride(1)};
+}
+template <class Element = float>
+Packed<Element> packed_output(const at::Tensor& t) {
+  return {t.mutable_data_ptr<Element>(), t.stride(0), t.stride(1)};
+}
 
 // Query rows [query, query + queries) and visible key rows [key, key + keys); skipped: leading key rows that are not seen.
 struct Segment {

@@ -56,8 +56,8 @@ ALWAYS_INLINE void load_queries(const Backward& p, const Segment& s, int64_t hea
   const int64_t row = s.query + first, head_dim = p.shape.head_dim;
   const float* query = p.query.at(row, head);
   const float* dout = p.dout.at(row, head);
-  transpose<Isa>(query, p.query.stride_row, queries, head_dim, p.shape.scale, b.query_t, BLOCK);
-  transpose<Isa>(dout, p.dout.stride_row, queries, head_dim, 1.0f, b.dout_t, BLOCK);
+  transpose_scaled<Isa>(query, p.query.stride_row, queries, head_dim, p.shape.scale, b.query_t, BLOCK);
+  transpose<Isa>(dout, p.dout.stride_row, queries, head_dim, b.dout_t, BLOCK);
   copy_rows<Isa>(query, p.query.stride_row, queries, head_dim, b.query, b.width);
   copy_rows<Isa>(dout, p.dout.stride_row, queries, head_dim, b.dout, b.width);
   for (int64_t r = 0; r < queries; ++r) {
@@ -156,7 +156,7 @@ ALWAYS_INLINE void differentiate(const Backward& p, int64_t task, int64_t) {
       load_queries<Isa>(p, s, head, first, queries, b);
       for (int64_t first_key = span; first_key < visible_end; first_key += BLOCK) {
         const int64_t keys = std::min(BLOCK, span_end - first_key), offset = (first_key - span) * b.width;
-        const bool add_to_keys = first_key < seen_end, add_to_queries = first_key > span;
+        const bool add_to_keys = first_key<seen_end, add_to_queries = first_key> span;
         differentiate_block<Isa>(p, s, head, first, queries, first_key, keys, add_to_keys, add_to_queries, b.key + offset,
                                  b.dkey + offset, b.dvalue + offset, b);
         seen_end = std::max(seen_end, first_key + keys);
@@ -180,18 +180,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_bwd(
     bool causal, const std::optional<at::Tensor>& query_only, double dropout_p, const std::optional<at::Tensor>& seed, bool,
     const std::optional<at::Tensor>&) {
   check_attention(query, key, value);
-  check_float(dout, "dout", 3);
-  check_float(out, "out", 3);
+  check_same(query, {{&dout, "dout"}, {&out, "out"}}, 3);
   check_float(lse, "lse", 2);
   check_shape(dout, "dout", query.sizes());
   check_shape(out, "out", query.sizes());
   const int64_t rows = query.size(0), heads = query.size(1), head_dim = query.size(2);
   check_shape(lse, "lse", {heads, rows});
   const std::vector<Segment> segments = make_segments(cu_seqlens_q, cu_seqlens_k, query_only, rows, key.size(0));
-  const at::Tensor d = with_unit_stride(dout), q = with_unit_stride(query), k = with_unit_stride(key),
-                   v = with_unit_stride(value), o = with_unit_stride(out), statistics = lse.contiguous();
-  at::Tensor dquery = at::empty(query.sizes(), query.options()), dkey = at::empty(key.sizes(), key.options()),
-             dvalue = at::empty(value.sizes(), value.options());
+  const at::Tensor d = as_float(dout), q = as_float(query), k = as_float(key), v = as_float(value), o = as_float(out),
+                   statistics = lse.contiguous();
+  at::Tensor dquery = at::empty(q.sizes(), q.options()), dkey = at::empty(k.sizes(), k.options()),
+             dvalue = at::empty(v.sizes(), v.options());
   // Rows behind the last segment belong to no task.
   int64_t covered_q = 0, covered_k = 0;
   for (const Segment& s : segments) {
@@ -218,7 +217,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_bwd(
     mine.scratch = scratch;
     differentiate_for_cpu(mine, task, task + 1);
   });
-  return {dquery, dkey, dvalue};
+  const at::ScalarType type = query.scalar_type();
+  return {dquery.to(type), dkey.to(type), dvalue.to(type)};
 }
 
 }  // namespace

@@ -14,10 +14,21 @@
 
 namespace roberta_fast {
 
-inline void check_float(const at::Tensor& t, const char* name, int64_t dim) {
-  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kFloat, name, " must be a float32 CPU tensor, got ",
-                    t.scalar_type(), " on ", t.device());
+template <class Element>
+void check_elements(const at::Tensor& t, const char* name, int64_t dim) {
+  constexpr at::ScalarType TYPE = c10::CppTypeToScalarType<Element>::value;
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == TYPE, name, " must be a ",
+                    TYPE == at::kFloat ? "float32" : "bfloat16", " CPU tensor, got ", t.scalar_type(), " on ", t.device());
   TORCH_CHECK_VALUE(t.dim() == dim, name, " must have ", dim, " dimensions, got shape ", t.sizes());
+}
+
+inline void check_float(const at::Tensor& t, const char* name, int64_t dim) { check_elements<float>(t, name, dim); }
+
+// A float32 or bfloat16 tensor, and the others of its type.
+inline void check_same(const at::Tensor& first, std::initializer_list<std::pair<const at::Tensor*, const char*>> tensors,
+                       int64_t dim) {
+  const auto check = first.scalar_type() == at::kBFloat16 ? check_elements<at::BFloat16> : check_elements<float>;
+  for (const auto& [tensor, name] : tensors) check(*tensor, name, dim);
 }
 
 inline void check_shape(const at::Tensor& t, const char* name, at::IntArrayRef shape) {
@@ -25,16 +36,23 @@ inline void check_shape(const at::Tensor& t, const char* name, at::IntArrayRef s
 }
 
 // An optional argument, checked, and contiguous where it is given; and where its elements lie.
-inline at::Tensor contiguous_if_given(const std::optional<at::Tensor>& t, const char* name, at::IntArrayRef shape) {
+template <class Element = float>
+at::Tensor contiguous_if_given(const std::optional<at::Tensor>& t, const char* name, at::IntArrayRef shape) {
   if (!t.has_value()) return {};
-  check_float(*t, name, static_cast<int64_t>(shape.size()));
+  check_elements<Element>(*t, name, static_cast<int64_t>(shape.size()));
   check_shape(*t, name, shape);
   return t->contiguous();
 }
-inline const float* data_or_null(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+template <class Element = float>
+const Element* data_or_null(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<Element>() : nullptr;
+}
 
 // The tensor with unit stride in its last dimension; a copy only where it has another.
 inline at::Tensor with_unit_stride(const at::Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
+
+// float32 with unit stride in the last dimension: what gradients are computed in. A copy only where t is something else.
+inline at::Tensor as_float(const at::Tensor& t) { return with_unit_stride(t.to(at::kFloat)); }
 
 // Rows that may be read: all n, or as many as count says.
 inline int64_t real_rows(const std::optional<at::Tensor>& count, int64_t n) {

@@ -6,10 +6,13 @@
 // lie as panels already: blocks of rows, which stay in the second cache, pass over them.
 #include "linear.h"
 
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <type_traits>
 
 #include "common.h"
 #include "gemm.h"
@@ -27,14 +30,25 @@ constexpr int64_t CHUNK = 640;  // most rows of a task
 constexpr int64_t FEW_ROWS = 64;
 constexpr int64_t FEW_PANEL = 48;  // as PANEL; a multiple of the tiles of gemm.h and of all vectors
 // Rows from which on PyTorch's product is faster; on AVX-512 with MKL, 32 rows took 0.6 to 0.85 of its time, 300 rows 0.9.
+// MKL uses AVX-512 on Intel's processors alone: on a Zen 5 it took more than twice the time of this product at any number.
 constexpr int64_t MANY_ROWS = 640;
+bool leave_to_pytorch(int64_t rows) {
+  if (active_level() != Level::avx512) return true;
+#if ROBERTA_FAST_X86
+  return rows > MANY_ROWS && __builtin_cpu_is("intel");
+#else
+  return rows > MANY_ROWS;
+#endif
+}
 // Rows of x that pass over packed weights together, about: 480 KiB of a step's terms; and what their number is a multiple of.
 constexpr int64_t BLOCK = 120, TILE_ROWS = 6;
 
+// x and weight are floats, or pairs of bfloat16 as the bits of floats: pairs are counted in depth and strides then.
+template <class Element>
 struct Linear {
   const float *x, *weight;
-  Epilogue epilogue;
-  float* y;
+  Epilogue<Element> epilogue;
+  Element* y;
   int64_t stride_x, stride_weight, rows, columns, depth, panels, chunks;
   const float* packed = nullptr;  // [panels, depth, PANEL]
   int64_t chunk_rows = 0;
@@ -43,9 +57,9 @@ struct Linear {
 };
 
 // The epilogue of rows [first_row, first_row + rows) and columns [first, first + columns), whose sums lie there or in y itself.
-template <class Isa, Activation ACTIVATION>
-ALWAYS_INLINE void finish(const Linear& p, const float* sums, int64_t stride, int64_t first_row, int64_t rows, int64_t first,
-                          int64_t columns) {
+template <class Isa, Activation ACTIVATION, class Element>
+ALWAYS_INLINE void finish(const Linear<Element>& p, const float* sums, int64_t stride, int64_t first_row, int64_t rows,
+                          int64_t first, int64_t columns) {
   using Vector = Floats<Isa>;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; c += Isa::WIDTH) {
@@ -60,8 +74,8 @@ ALWAYS_INLINE void finish(const Linear& p, const float* sums, int64_t stride, in
     }
 }
 
-template <class Isa>
-ALWAYS_INLINE void finish(const Linear& p, const float* sums, int64_t stride, int64_t row, int64_t rows, int64_t first,
+template <class Isa, class Element>
+ALWAYS_INLINE void finish(const Linear<Element>& p, const float* sums, int64_t stride, int64_t row, int64_t rows, int64_t first,
                           int64_t columns) {
   switch (p.epilogue.activation) {
     case Activation::none: return finish<Isa, Activation::none>(p, sums, stride, row, rows, first, columns);
@@ -71,13 +85,13 @@ ALWAYS_INLINE void finish(const Linear& p, const float* sums, int64_t stride, in
 }
 
 template <class Isa>
-ALWAYS_INLINE void finish_rows(const Linear& p, int64_t begin, int64_t end) {
+ALWAYS_INLINE void finish_rows(const Linear<float>& p, int64_t begin, int64_t end) {
   finish<Isa>(p, p.y + begin * p.columns, p.columns, begin, end - begin, 0, p.columns);
 }
-ROBERTA_FAST_KERNEL(finish_rows, Linear)
+ROBERTA_FAST_KERNEL(finish_rows, Linear<float>)
 
-template <class Isa>
-ALWAYS_INLINE void multiply_panel(const Linear& p, int64_t task, int64_t) {
+template <class Isa, class Element>
+ALWAYS_INLINE void multiply_panel(const Linear<Element>& p, int64_t task, int64_t) {
   const int64_t chunk = task / p.panels, begin = p.rows * chunk / p.chunks, end = p.rows * (chunk + 1) / p.chunks;
   const int64_t first = task % p.panels * PANEL, columns = std::min(PANEL, p.columns - first);
   float* weight = p.scratch;                // [STEP, PANEL]
@@ -85,7 +99,7 @@ ALWAYS_INLINE void multiply_panel(const Linear& p, int64_t task, int64_t) {
   for (int64_t k = 0; k < p.depth || k == 0; k += STEP) {
     const int64_t terms = std::min(STEP, p.depth - k);
     const bool last = k + terms == p.depth;
-    transpose<Isa>(p.weight + first * p.stride_weight + k, p.stride_weight, columns, terms, 1.0f, weight, PANEL);
+    transpose<Isa>(p.weight + first * p.stride_weight + k, p.stride_weight, columns, terms, weight, PANEL);
     for (int64_t row = begin; row < end; row += ROWS) {
       const int64_t rows = std::min(ROWS, end - row);
       float* sums = all_sums + (last && k == 0 ? 0 : (row - begin) * PANEL);
@@ -96,17 +110,19 @@ ALWAYS_INLINE void multiply_panel(const Linear& p, int64_t task, int64_t) {
     }
   }
 }
-ROBERTA_FAST_KERNEL(multiply_panel, Linear)
+ROBERTA_FAST_KERNEL(multiply_panel, Linear<float>)
+ROBERTA_FAST_BF16_KERNEL(multiply_panel, Linear<at::BFloat16>)
 
-template <class Isa>
-ALWAYS_INLINE void transpose_x(const Linear& p, int64_t begin, int64_t end) {
+template <class Isa, class Element>
+ALWAYS_INLINE void transpose_x(const Linear<Element>& p, int64_t begin, int64_t end) {
   const int64_t stride = vectors<Isa>(p.rows) * Isa::WIDTH;
-  transpose<Isa>(p.x + begin, p.stride_x, p.rows, end - begin, 1.0f, p.transposed_x + begin * stride, stride);
+  transpose<Isa>(p.x + begin, p.stride_x, p.rows, end - begin, p.transposed_x + begin * stride, stride);
 }
-ROBERTA_FAST_KERNEL(transpose_x, Linear)
+ROBERTA_FAST_KERNEL(transpose_x, Linear<float>)
+ROBERTA_FAST_BF16_KERNEL(transpose_x, Linear<at::BFloat16>)
 
-template <class Isa>
-ALWAYS_INLINE void multiply_few_rows(const Linear& p, int64_t panel, int64_t) {
+template <class Isa, class Element>
+ALWAYS_INLINE void multiply_few_rows(const Linear<Element>& p, int64_t panel, int64_t) {
   const int64_t first = panel * FEW_PANEL, columns = std::min(FEW_PANEL, p.columns - first);
   const int64_t wide = vectors<Isa>(p.rows), stride = wide * Isa::WIDTH;
   float* transposed_sums = p.scratch;                  // [FEW_PANEL, stride]
@@ -114,14 +130,15 @@ ALWAYS_INLINE void multiply_few_rows(const Linear& p, int64_t panel, int64_t) {
   const float* weight = p.weight + first * p.stride_weight;
   multiply_streamed<Isa>(
       {weight, p.stride_weight, p.transposed_x, stride, transposed_sums, stride, columns, wide, p.depth, false});
-  transpose<Isa>(transposed_sums, stride, columns, p.rows, 1.0f, sums, FEW_PANEL);
+  transpose<Isa>(transposed_sums, stride, columns, p.rows, sums, FEW_PANEL);
   finish<Isa>(p, sums, FEW_PANEL, 0, p.rows, first, columns);
 }
-ROBERTA_FAST_KERNEL(multiply_few_rows, Linear)
+ROBERTA_FAST_KERNEL(multiply_few_rows, Linear<float>)
+ROBERTA_FAST_BF16_KERNEL(multiply_few_rows, Linear<at::BFloat16>)
 
 // A share of the panels, for a block of rows. Where steps make a sum, it grows in y, or in scratch where y has no whole panel.
 template <class Isa>
-ALWAYS_INLINE void multiply_packed(const Linear& p, int64_t task, int64_t shares) {
+ALWAYS_INLINE void multiply_packed(const Linear<float>& p, int64_t task, int64_t shares) {
   const int64_t begin = task / shares * p.chunk_rows, end = std::min(begin + p.chunk_rows, p.rows);
   const int64_t share = task % shares, first_panel = p.panels * share / shares, last_panel = p.panels * (share + 1) / shares;
   for (int64_t k = 0; k < p.depth || k == 0; k += STEP)
@@ -146,15 +163,15 @@ ALWAYS_INLINE void multiply_packed(const Linear& p, int64_t task, int64_t shares
     }
 }
 // A kernel's range is (task, shares) here.
-ROBERTA_FAST_KERNEL(multiply_packed, Linear)
+ROBERTA_FAST_KERNEL(multiply_packed, Linear<float>)
 
 template <class Isa>
-ALWAYS_INLINE void pack_panel(const Linear& p, int64_t panel, int64_t) {
+ALWAYS_INLINE void pack_panel(const Linear<float>& p, int64_t panel, int64_t) {
   const int64_t first = panel * PANEL;
-  transpose<Isa>(p.weight + first * p.stride_weight, p.stride_weight, std::min(PANEL, p.columns - first), p.depth, 1.0f,
+  transpose<Isa>(p.weight + first * p.stride_weight, p.stride_weight, std::min(PANEL, p.columns - first), p.depth,
                  p.y + first * p.depth, PANEL);
 }
-ROBERTA_FAST_KERNEL(pack_panel, Linear)
+ROBERTA_FAST_KERNEL(pack_panel, Linear<float>)
 
 // weight [M, K] as panels [panels, K, PANEL], zeros behind M.
 at::Tensor prepack(const at::Tensor& weight) {
@@ -162,28 +179,79 @@ at::Tensor prepack(const at::Tensor& weight) {
   const at::Tensor columns = with_unit_stride(weight);
   const int64_t m = columns.size(0), depth = columns.size(1), panels = (m + PANEL - 1) / PANEL;
   const at::Tensor packed = at::zeros({panels, depth, PANEL}, weight.options());
-  Linear params{};
+  Linear<float> params{};
   params.weight = columns.const_data_ptr<float>(), params.stride_weight = columns.stride(0);
   params.y = packed.mutable_data_ptr<float>(), params.columns = m, params.depth = depth;
   for_each_task(panels, 0, [&](int64_t panel, float*) { pack_panel_for_cpu(params, panel, panel + 1); });
   return packed;
 }
 
+// The product by packed weights [panels, depth, PANEL].
+void multiply_packed_rows(const Linear<float>& params, const at::Tensor& packed) {
+  check_shape(packed, "packed", {params.panels, params.depth, PANEL});
+  Linear<float> whole = params;
+  whole.packed = packed.const_data_ptr<float>();
+  const int64_t n = params.rows, about = std::max<int64_t>(1, (n + BLOCK / 2) / BLOCK);
+  whole.chunk_rows = ((n + about - 1) / about + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+  const int64_t blocks = (n + whole.chunk_rows - 1) / whole.chunk_rows;
+  const int64_t shares = std::min((4 * at::get_num_threads() + blocks - 1) / blocks, params.panels);
+  for_each_task(blocks * shares, std::max(whole.chunk_rows, ROWS) * PANEL, [&](int64_t task, float* scratch) {
+    Linear<float> mine = whole;
+    mine.scratch = scratch;
+    multiply_packed_for_cpu(mine, task, shares);
+  });
+}
+
+template <class Element>
+at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                   const std::optional<at::Tensor>& residual, int64_t real, bool deterministic,
+                   const std::optional<at::Tensor>& packed) {
+  const int64_t n = x.size(0), columns = weight.size(0);
+  const at::Tensor shift = contiguous_if_given<Element>(bias, "bias", {columns});
+  const at::Tensor added = contiguous_if_given<Element>(residual, "residual", {n, columns});
+  const at::Tensor y = at::empty({n, columns}, x.options());
+  at::Tensor product = y.narrow(0, 0, real);
+  const Epilogue<Element> epilogue{.bias = data_or_null<Element>(shift), .residual = data_or_null<Element>(added)};
+  multiply_rows<Element>(x.narrow(0, 0, real), weight, packed, epilogue, deterministic, product);
+  return y;
+}
+
 at::Tensor linear_fwd(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& count, bool deterministic,
                       const std::optional<at::Tensor>& packed) {
-  check_float(x, "x", 2);
-  check_float(weight, "weight", 2);
-  const int64_t n = x.size(0), columns = weight.size(0), real = real_rows(count, n);
-  check_shape(weight, "weight", {columns, x.size(1)});
-  const at::Tensor shift = contiguous_if_given(bias, "bias", {columns});
-  const at::Tensor added = contiguous_if_given(residual, "residual", {n, columns});
-  const at::Tensor y = at::empty({n, columns}, x.options());
-  at::Tensor product = y.narrow(0, 0, real);
-  const Epilogue epilogue{.bias = data_or_null(shift), .residual = data_or_null(added)};
-  multiply_rows(x.narrow(0, 0, real), weight, packed, epilogue, deterministic, product);
-  return y;
+  check_operands(x, weight);
+  const auto run = x.scalar_type() == at::kBFloat16 ? forward<at::BFloat16> : forward<float>;
+  return run(x, weight, bias, residual, real_rows(count, x.size(0)), deterministic, packed);
 }
+
+// Whether there are products of bfloat16: tests may have asked for an older instruction set.
+bool multiplies_bfloat16() {
+#if ROBERTA_FAST_X86
+  return active_level() == Level::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// Rows with unit stride, and where each begins and what their length is, in floats: rows of bfloat16 are cut into pairs.
+struct Rows {
+  at::Tensor tensor;
+  const float* data;
+  int64_t stride, depth;
+
+  template <class Element>
+  static Rows of(const at::Tensor& t) {
+    constexpr int64_t EACH = sizeof(float) / sizeof(Element);
+    at::Tensor rows = with_unit_stride(t);
+    if (rows.size(1) % EACH) {
+      rows = at::constant_pad_nd(rows, {0, 1});
+    } else if (rows.stride(0) % EACH) {
+      rows = rows.contiguous();
+    }
+    const auto* data = reinterpret_cast<const float*>(rows.const_data_ptr<Element>());
+    return {rows, data, rows.stride(0) / EACH, rows.size(1) / EACH};
+  }
+};
 
 }  // namespace
 
@@ -193,71 +261,63 @@ Activation gelu_named(std::string_view approximate) {
   return approximate == "none" ? Activation::gelu_erf : Activation::gelu_tanh;
 }
 
+void check_operands(const at::Tensor& x, const at::Tensor& weight) {
+  check_same(x, {{&x, "x"}, {&weight, "weight"}}, 2);
+  check_shape(weight, "weight", {weight.size(0), x.size(1)});
+}
+
+template <class Element>
 void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& packed,
-                   const Epilogue& epilogue, bool deterministic, at::Tensor& y) {
-  const at::Tensor rows = with_unit_stride(x), columns = with_unit_stride(weight);
-  const int64_t n = rows.size(0), m = columns.size(0), depth = rows.size(1), panels = (m + PANEL - 1) / PANEL;
+                   const Epilogue<Element>& epilogue, bool deterministic, at::Tensor& y) {
+  constexpr bool FLOATS = std::is_same_v<Element, float>;
+  TORCH_CHECK_NOT_IMPLEMENTED(FLOATS || multiplies_bfloat16(), "this processor has no AVX-512 BF16");
+  const Rows rows = Rows::of<Element>(x), columns = Rows::of<Element>(weight);
+  const int64_t n = x.size(0), m = weight.size(0), depth = rows.depth, panels = (m + PANEL - 1) / PANEL;
   if (n == 0 || m == 0) return;
   // A panel is transposed by each of its tasks, so there are no more than keep the threads busy. How many changes no result.
   const int64_t for_threads = std::min((4 * at::get_num_threads() + panels - 1) / panels, (n + ROWS - 1) / ROWS);
   const int64_t chunks = std::max(for_threads, (n + CHUNK - 1) / CHUNK);
-  const Linear params{rows.const_data_ptr<float>(),
-                      columns.const_data_ptr<float>(),
-                      epilogue,
-                      y.mutable_data_ptr<float>(),
-                      rows.stride(0),
-                      columns.stride(0),
-                      n,
-                      m,
-                      depth,
-                      panels,
-                      chunks};
-  if (packed.has_value()) check_shape(*packed, "packed", {panels, depth, PANEL});
-  const bool many = !packed.has_value() && (n > MANY_ROWS || active_level() != Level::avx512);
-  if (!deterministic && many) {
-    at::mm_out(y, rows, columns.t());
-    // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
-    at::parallel_for(0, n, std::max<int64_t>(1, 8192 / m),
-                     [&](int64_t begin, int64_t end) { finish_rows_for_cpu(params, begin, end); });
-    return;
-  }
-  if (packed.has_value()) {
-    Linear whole = params;
-    whole.packed = packed->const_data_ptr<float>();
-    const int64_t about = std::max<int64_t>(1, (n + BLOCK / 2) / BLOCK);
-    whole.chunk_rows = ((n + about - 1) / about + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-    const int64_t blocks = (n + whole.chunk_rows - 1) / whole.chunk_rows;
-    const int64_t shares = std::min((4 * at::get_num_threads() + blocks - 1) / blocks, panels);
-    for_each_task(blocks * shares, std::max(whole.chunk_rows, ROWS) * PANEL, [&](int64_t task, float* scratch) {
-      Linear mine = whole;
-      mine.scratch = scratch;
-      multiply_packed_for_cpu(mine, task, shares);
-    });
-    return;
+  const Linear<Element> params{
+      rows.data, columns.data, epilogue, y.mutable_data_ptr<Element>(), rows.stride, columns.stride, n, m, depth, panels, chunks};
+  if constexpr (FLOATS) {
+    if (packed.has_value()) return multiply_packed_rows(params, *packed);
+    if (!deterministic && leave_to_pytorch(n)) {
+      at::mm_out(y, rows.tensor, columns.tensor.t());
+      // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
+      at::parallel_for(0, n, std::max<int64_t>(1, 8192 / m),
+                       [&](int64_t begin, int64_t end) { finish_rows_for_cpu(params, begin, end); });
+      return;
+    }
   }
   if (n <= FEW_ROWS) {
     constexpr int64_t WIDEST = Avx512::WIDTH, LINES = 64;
     const int64_t stride = (n + WIDEST - 1) / WIDEST * WIDEST;
-    const at::Tensor transposed = at::empty({depth, stride}, x.options());
-    Linear few = params;
+    const at::Tensor transposed = at::empty({depth, stride}, x.options().dtype(at::kFloat));
+    Linear<Element> few = params;
     few.transposed_x = transposed.mutable_data_ptr<float>();
     at::parallel_for(0, (depth + LINES - 1) / LINES, 1 + 8192 / (LINES * n),
                      [&](int64_t begin, int64_t end) { transpose_x_for_cpu(few, begin * LINES, std::min(end * LINES, depth)); });
     for_each_task((m + FEW_PANEL - 1) / FEW_PANEL, FEW_PANEL * (stride + n), [&](int64_t panel, float* scratch) {
-      Linear mine = few;
+      Linear<Element> mine = few;
       mine.scratch = scratch;
       multiply_few_rows_for_cpu(mine, panel, panel + 1);
     });
     return;
   }
   for_each_task(panels * chunks, (STEP + (n + chunks - 1) / chunks) * PANEL, [&](int64_t task, float* scratch) {
-    Linear mine = params;
+    Linear<Element> mine = params;
     mine.scratch = scratch;
     multiply_panel_for_cpu(mine, task, task + 1);
   });
 }
 
+template void multiply_rows(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const Epilogue<float>&, bool,
+                            at::Tensor&);
+template void multiply_rows(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const Epilogue<at::BFloat16>&,
+                            bool, at::Tensor&);
+
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
+  m.def("multiplies_bfloat16() -> bool", TORCH_FN(multiplies_bfloat16));
   m.def("prepack(Tensor weight) -> Tensor", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(prepack)));
   m.def(
       "linear_fwd(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? count=None, "

@@ -14,17 +14,22 @@ enum class Activation { none, gelu_erf, gelu_tanh };
 Activation gelu_named(std::string_view approximate);
 
 // What becomes of a product xW before it is stored: act(xW + bias) + residual. Any pointer may be null.
+template <class Element>
 struct Epilogue {
-  const float* bias = nullptr;      // [m]
-  const float* residual = nullptr;  // [n, m], contiguous
-  float* preactivation = nullptr;   // [n, m], contiguous: takes xW + bias
+  const Element* bias = nullptr;      // [m]
+  const Element* residual = nullptr;  // [n, m], contiguous
+  Element* preactivation = nullptr;   // [n, m], contiguous: takes xW + bias
   Activation activation = Activation::none;
 };
 
-// y [n, m] = epilogue(x W^T). x [n, k] and weight [m, k] are float32 with rows of unit stride, y is contiguous.
-// packed: what prepack made of weight, or none; it is multiplied in place of weight where that is faster.
+// x [n, k] and weight [m, k] must be both float32, or both bfloat16.
+void check_operands(const at::Tensor& x, const at::Tensor& weight);
+
+// y [n, m] = epilogue(x W^T). x [n, k], weight [m, k] and the contiguous y are of Element, float or bfloat16, for which the
+// processor must have instructions. Sums are in float32. packed: what prepack made of weight, or none; of floats alone.
 // deterministic: a row of y has the same bits whatever rows are beside it and on any number of threads.
+template <class Element>
 void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& packed,
-                   const Epilogue& epilogue, bool deterministic, at::Tensor& y);
+                   const Epilogue<Element>& epilogue, bool deterministic, at::Tensor& y);
 
 }  // namespace roberta_fast

@@ -53,39 +53,44 @@ ROBERTA_FAST_KERNEL(differentiate_tanh, Backward)
 // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
 int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, columns)); }
 
+template <class Element>
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                           Activation activation, bool save_preactivation, int64_t real, bool deterministic,
+                                           const std::optional<at::Tensor>& packed) {
+  const int64_t n = x.size(0), columns = weight.size(0);
+  const at::Tensor shift = contiguous_if_given<Element>(bias, "bias", {columns});
+  Epilogue<Element> epilogue{.bias = data_or_null<Element>(shift), .activation = activation};
+  const at::Tensor y = at::empty({n, columns}, x.options());
+  const at::Tensor u = save_preactivation ? at::empty({n, columns}, x.options()) : at::empty({0}, x.options());
+  if (save_preactivation) epilogue.preactivation = u.mutable_data_ptr<Element>();
+  at::Tensor product = y.narrow(0, 0, real);
+  multiply_rows<Element>(x.narrow(0, 0, real), weight, packed, epilogue, deterministic, product);
+  return {y, u};
+}
+
 std::tuple<at::Tensor, at::Tensor> linear_gelu_fwd(const at::Tensor& x, const at::Tensor& weight,
                                                    const std::optional<at::Tensor>& bias, std::string_view approximate,
                                                    bool save_preactivation, const std::optional<at::Tensor>& count,
                                                    bool deterministic, const std::optional<at::Tensor>& packed) {
-  check_float(x, "x", 2);
-  check_float(weight, "weight", 2);
-  check_shape(weight, "weight", {weight.size(0), x.size(1)});
-  const int64_t n = x.size(0), columns = weight.size(0), real = real_rows(count, n);
-  const at::Tensor shift = contiguous_if_given(bias, "bias", {columns});
-  Epilogue epilogue{.bias = data_or_null(shift), .activation = gelu_named(approximate)};
-  const at::Tensor y = at::empty({n, columns}, x.options());
-  const at::Tensor u = save_preactivation ? at::empty({n, columns}, x.options()) : at::empty({0}, x.options());
-  if (save_preactivation) epilogue.preactivation = u.mutable_data_ptr<float>();
-  at::Tensor product = y.narrow(0, 0, real);
-  multiply_rows(x.narrow(0, 0, real), weight, packed, epilogue, deterministic, product);
-  return {y, u};
+  check_operands(x, weight);
+  const auto run = x.scalar_type() == at::kBFloat16 ? forward<at::BFloat16> : forward<float>;
+  return run(x, weight, bias, gelu_named(approximate), save_preactivation, real_rows(count, x.size(0)), deterministic, packed);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_bwd(const at::Tensor& dy, const at::Tensor& u, const at::Tensor& x,
                                                                const at::Tensor& weight, bool has_bias,
                                                                std::string_view approximate,
                                                                const std::optional<at::Tensor>& count) {
-  for (const auto& [tensor, name] : {std::pair(&dy, "dy"), std::pair(&u, "u"), std::pair(&x, "x"), std::pair(&weight, "weight")})
-    check_float(*tensor, name, 2);
+  check_same(x, {{&dy, "dy"}, {&u, "u"}, {&x, "x"}, {&weight, "weight"}}, 2);
   const int64_t n = x.size(0), columns = weight.size(0), real = real_rows(count, n);
   check_shape(weight, "weight", {columns, x.size(1)});
   check_shape(dy, "dy", {n, columns});
   check_shape(u, "u", {n, columns});
   const bool tanh = gelu_named(approximate) == Activation::gelu_tanh;
-  const at::Tensor gradient = with_unit_stride(dy), before = with_unit_stride(u);
-  const at::Tensor du = at::empty({real, columns}, x.options());
+  const at::Tensor gradient = as_float(dy), before = as_float(u);
+  const at::Tensor du = at::empty({real, columns}, before.options());
   const RowChunks chunks(real);
-  const at::Tensor partials = at::zeros({has_bias ? chunks.number : 0, columns}, x.options());
+  const at::Tensor partials = at::zeros({has_bias ? chunks.number : 0, columns}, before.options());
   const Backward params{gradient.const_data_ptr<float>(),
                         before.const_data_ptr<float>(),
                         du.mutable_data_ptr<float>(),
@@ -100,9 +105,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_bwd(const at::Tensor&
   });
   const at::Tensor dx = at::empty({n, x.size(1)}, x.options());
   at::Tensor product = dx.narrow(0, 0, real);
-  at::mm_out(product, du, weight);
-  const at::Tensor dweight = at::mm(du.t(), x.narrow(0, 0, real));
-  return {dx, dweight, has_bias ? column_sums(partials) : at::empty({0}, x.options())};
+  const at::Tensor factor = du.to(x.scalar_type());
+  at::mm_out(product, factor, weight);
+  const at::Tensor dweight = at::mm(factor.t(), x.narrow(0, 0, real));
+  return {dx, dweight, has_bias ? column_sums(partials).to(x.scalar_type()) : at::empty({0}, x.options())};
 }
 
 }  // namespace

@@ -8,15 +8,16 @@
 namespace roberta_fast {
 
 // Asks for rows ahead of their use: they lie too far apart for the processor to guess the next.
-ALWAYS_INLINE void prefetch_rows(const float* from, int64_t stride, int64_t rows, int64_t columns) {
-  constexpr int64_t LINE = 64 / sizeof(float);
+template <class Element>
+ALWAYS_INLINE void prefetch_rows(const Element* from, int64_t stride, int64_t rows, int64_t columns) {
+  constexpr int64_t LINE = 64 / sizeof(Element);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; c += LINE) __builtin_prefetch(from + r * stride + c);
 }
 
-// Copies rows to rows of whole vectors, zeros behind their own elements.
-template <class Isa>
-ALWAYS_INLINE void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t stride_to) {
+// Copies rows to rows of whole vectors of floats, zeros behind their own elements.
+template <class Isa, class Element>
+ALWAYS_INLINE void copy_rows(const Element* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t stride_to) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t d = 0; d < columns; d += Isa::WIDTH)
       store(to + r * stride_to + d, load_first<Floats<Isa>>(from + r * stride + d, columns - d));
@@ -50,8 +51,9 @@ ALWAYS_INLINE void interleave_rows(Floats<Isa>* rows, std::integer_sequence<int,
 }
 template <class Isa, int... I>
 ALWAYS_INLINE void interleave_row_pairs(Floats<Isa>* rows, std::integer_sequence<int, I...> lanes) {
-  const Floats<Isa> next[] = {(I % 2 ? interleave_pairs<2>(rows[I - I % 4 + I % 4 / 2], rows[I - I % 4 + I % 4 / 2 + 2], lanes)
-                                     : interleave_pairs<0>(rows[I - I % 4 + I % 4 / 2], rows[I - I % 4 + I % 4 / 2 + 2], lanes))...};
+  const Floats<Isa> next[] = {
+      (I % 2 ? interleave_pairs<2>(rows[I - I % 4 + I % 4 / 2], rows[I - I % 4 + I % 4 / 2 + 2], lanes)
+             : interleave_pairs<0>(rows[I - I % 4 + I % 4 / 2], rows[I - I % 4 + I % 4 / 2 + 2], lanes))...};
   ((rows[I] = next[I]), ...);
 }
 template <class Isa, int DISTANCE, int... I>
@@ -61,10 +63,11 @@ ALWAYS_INLINE void exchange_quads(Floats<Isa>* rows, std::integer_sequence<int, 
   ((rows[I] = next[I]), ...);
 }
 
-template <class Isa, int... I>
-ALWAYS_INLINE void transpose_tile(const float* from, int64_t stride, int64_t rows, int64_t columns, float factor, float* to,
+template <class Isa, bool SCALED, class Element, int... I>
+ALWAYS_INLINE void transpose_tile(const Element* from, int64_t stride, int64_t rows, int64_t columns, float factor, float* to,
                                   int64_t stride_to, std::integer_sequence<int, I...> lanes) {
-  Floats<Isa> tile[] = {(I < rows ? load_first<Floats<Isa>>(from + I * stride, columns) * factor : Floats<Isa>{})...};
+  Floats<Isa> tile[] = {(I < rows ? load_first<Floats<Isa>>(from + I * stride, columns) : Floats<Isa>{})...};
+  if constexpr (SCALED) ((tile[I] *= factor), ...);
   interleave_rows<Isa>(tile, lanes);
   interleave_row_pairs<Isa>(tile, lanes);
   if constexpr (Isa::WIDTH >= 8) exchange_quads<Isa, 4>(tile, lanes);
@@ -72,15 +75,22 @@ ALWAYS_INLINE void transpose_tile(const float* from, int64_t stride, int64_t row
   ((I < columns ? store(to + I * stride_to, tile[I]) : void()), ...);
 }
 
-// from [rows, columns], times factor, as to [columns, rows]; zeros fill the last vector of each row of to.
-template <class Isa>
-ALWAYS_INLINE void transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float factor, float* to,
-                             int64_t stride_to) {
+// from [rows, columns] as to [columns, rows]; zeros fill the last vector of each row of to.
+template <class Isa, bool SCALED = false, class Element>
+ALWAYS_INLINE void transpose(const Element* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t stride_to,
+                             float factor = 1.0f) {
   constexpr int W = Isa::WIDTH;
   for (int64_t r = 0; r < rows; r += W)
     for (int64_t c = 0; c < columns; c += W)
-      transpose_tile<Isa>(from + r * stride + c, stride, rows - r, columns - c, factor, to + c * stride_to + r, stride_to,
-                          std::make_integer_sequence<int, W>());
+      transpose_tile<Isa, SCALED>(from + r * stride + c, stride, rows - r, columns - c, factor, to + c * stride_to + r, stride_to,
+                                  std::make_integer_sequence<int, W>());
+}
+
+// The same, times factor.
+template <class Isa, class Element>
+ALWAYS_INLINE void transpose_scaled(const Element* from, int64_t stride, int64_t rows, int64_t columns, float factor, float* to,
+                                    int64_t stride_to) {
+  transpose<Isa, true>(from, stride, rows, columns, to, stride_to, factor);
 }
 
 }  // namespace roberta_fast

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
@@ -34,6 +35,8 @@ struct Avx512 {
   static constexpr int WIDTH = 16;
   static constexpr int REGISTERS = 32;
 };
+// AVX-512 where products are of bfloat16: the bits of a float of their operands are a pair of those.
+struct Avx512Bf16 : Avx512 {};
 
 enum class Level : int { baseline, avx2, avx512 };
 
@@ -69,26 +72,8 @@ ALWAYS_INLINE void store(Element* p, const Vector& v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// The first n elements of a vector, n at most its width, and zeros behind them.
-template <class Vector, class Element>
-ALWAYS_INLINE Vector load_first(const Element* p, int64_t n) {
-  if (n >= static_cast<int64_t>(sizeof(Vector) / sizeof(Element))) return load<Vector>(p);
-  Vector v = {};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
-}
-
-template <class Vector, class Element>
-ALWAYS_INLINE void store_first(Element* p, const Vector& v, int64_t n) {
-  if (n >= static_cast<int64_t>(sizeof(Vector) / sizeof(Element))) return store(p, v);
-  const Vector in_memory = v;  // only this copy, so that v itself stays in a register
-  for (int64_t i = 0; i < n; ++i) p[i] = in_memory[i];
-}
-
-template <class Vector, class Element>
-ALWAYS_INLINE Vector broadcast(Element x) {
-  return x - Vector{};
-}
+template <class Vector>
+constexpr int LANES = sizeof(Vector) / sizeof(std::declval<Vector>()[0]);
 
 // The same bits as another type of the same size.
 template <class To, class From>
@@ -97,6 +82,50 @@ ALWAYS_INLINE To bits_as(const From& from) {
   To to;
   std::memcpy(&to, &from, sizeof to);
   return to;
+}
+
+// A number of two bytes that are the upper half of a float's; PyTorch's type, which not all that includes this knows.
+template <class Element>
+constexpr bool IS_BFLOAT16 = sizeof(Element) == 2 && std::is_convertible_v<Element, float> && std::is_class_v<Element>;
+
+// A vector of floats from and to bfloat16; rounds to nearest, to even on a tie.
+template <class Vector, class Element>
+  requires IS_BFLOAT16<Element>
+ALWAYS_INLINE Vector load(const Element* p) {
+  typename VectorOf<uint16_t, LANES<Vector>>::type upper;
+  std::memcpy(&upper, p, sizeof upper);
+  return bits_as<Vector>(__builtin_convertvector(upper, typename VectorOf<uint32_t, LANES<Vector>>::type) << 16);
+}
+
+template <class Vector, class Element>
+  requires IS_BFLOAT16<Element>
+ALWAYS_INLINE void store(Element* p, const Vector& v) {
+  typedef typename VectorOf<uint32_t, LANES<Vector>>::type Bits;
+  const Bits bits = bits_as<Bits>(v), odd = (bits >> 16) & 1u;
+  const Bits upper = (v == v ? bits + 0x7FFFu + odd : bits | 0x400000u) >> 16;  // a number that is none stays so
+  const auto halves = __builtin_convertvector(upper, typename VectorOf<uint16_t, LANES<Vector>>::type);
+  std::memcpy(p, &halves, sizeof halves);
+}
+
+// The first n elements of a vector, n at most its width, and zeros behind them.
+template <class Vector, class Element>
+ALWAYS_INLINE Vector load_first(const Element* p, int64_t n) {
+  if (n >= LANES<Vector>) return load<Vector>(p);
+  Vector v = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class Vector, class Element>
+ALWAYS_INLINE void store_first(Element* p, const Vector& v, int64_t n) {
+  if (n >= LANES<Vector>) return store(p, v);
+  const Vector in_memory = v;  // only this copy, so that v itself stays in a register
+  for (int64_t i = 0; i < n; ++i) p[i] = in_memory[i];
+}
+
+template <class Vector, class Element>
+ALWAYS_INLINE Vector broadcast(Element x) {
+  return x - Vector{};
 }
 
 // The value as rounded to its type: the compiler may not fuse the product that made it into a later sum.
@@ -138,7 +167,9 @@ ALWAYS_INLINE float sum(const Vector& v) {
 #if ROBERTA_FAST_X86
 #define ROBERTA_FAST_AVX2 "avx2,fma,bmi,bmi2,lzcnt,f16c,popcnt"
 #define TARGET_AVX2 __attribute__((target(ROBERTA_FAST_AVX2)))
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl," ROBERTA_FAST_AVX2)))
+#define ROBERTA_FAST_AVX512 "avx512f,avx512bw,avx512dq,avx512vl," ROBERTA_FAST_AVX2
+#define TARGET_AVX512 __attribute__((target(ROBERTA_FAST_AVX512)))
+#define TARGET_AVX512BF16 __attribute__((target("avx512bf16," ROBERTA_FAST_AVX512)))
 #endif
 
 // Defines <kernel>_for_cpu(const Params&, begin, end), which runs kernel<Isa>(params, begin, end) for the active set.
@@ -157,4 +188,15 @@ ALWAYS_INLINE float sum(const Vector& v) {
 #else
 #define ROBERTA_FAST_KERNEL(kernel, Params) \
   static void kernel##_for_cpu(const Params& params, int64_t begin, int64_t end) { kernel<Baseline>(params, begin, end); }
+#endif
+
+// The same for a kernel whose products are of bfloat16, of which that set is the only one.
+#if ROBERTA_FAST_X86
+#define ROBERTA_FAST_BF16_KERNEL(kernel, Params)                                                     \
+  TARGET_AVX512BF16 static void kernel##_for_cpu(const Params& params, int64_t begin, int64_t end) { \
+    kernel<Avx512Bf16>(params, begin, end);                                                          \
+  }
+#else
+#define ROBERTA_FAST_BF16_KERNEL(kernel, Params) \
+  static void kernel##_for_cpu(const Params&, int64_t, int64_t) {}
 #endif

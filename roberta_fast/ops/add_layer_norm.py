@@ -11,7 +11,16 @@ import torch
 from roberta_fast import dispatch
 from roberta_fast.ops import dropout
 from roberta_fast.ops.fp8_linear import fp8_quantize_ref, refuse_gradient
-from roberta_fast.ops.registration import check_rows, define, facts_of, real_rows, refuse, register_autograd, register_backends
+from roberta_fast.ops.registration import (
+    check_rows,
+    define,
+    facts_of,
+    float32_or_bfloat16,
+    real_rows,
+    refuse,
+    register_autograd,
+    register_backends,
+)
 
 
 def add_layer_norm(
@@ -192,6 +201,6 @@ def _autograd_backward(ctx, dy, _dmean, _drstd):
 
 
 register_autograd("add_layer_norm", _autograd_backward, _setup_context)
-register_backends("add_layer_norm")
+register_backends("add_layer_norm", in_cpp=float32_or_bfloat16)
 register_autograd("add_layer_norm_fp8", refuse_gradient, lambda ctx, inputs, output: None)
 register_backends("add_layer_norm", {"add_layer_norm_fp8": "add_layer_norm_fp8"}, backends=("triton", "torch"))

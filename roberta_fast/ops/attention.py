@@ -14,7 +14,15 @@ import torch
 from roberta_fast import dispatch
 from roberta_fast.ops import dropout
 from roberta_fast.ops.fp8_linear import fp8_quantize_ref, refuse_gradient
-from roberta_fast.ops.registration import autocast_to, define, facts_of, refuse, register_autograd, register_backends
+from roberta_fast.ops.registration import (
+    autocast_to,
+    define,
+    facts_of,
+    float32_or_bfloat16,
+    refuse,
+    register_autograd,
+    register_backends,
+)
 
 HEAD_DIMS = range(16, 129)  # what the Triton and C++ kernels serve; Triton pads to a power of two
 
@@ -230,4 +238,4 @@ def _kernel_objection(facts):
     return f"head_dim={facts.head_dim} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
 
 
-register_backends("attention", objection=_kernel_objection)
+register_backends("attention", in_cpp=float32_or_bfloat16, objection=_kernel_objection)

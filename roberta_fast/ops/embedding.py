@@ -11,7 +11,15 @@ from torch.nn import functional
 
 from roberta_fast import dispatch
 from roberta_fast.ops import dropout
-from roberta_fast.ops.registration import define, facts_of, real_rows, refuse, register_autograd, register_backends
+from roberta_fast.ops.registration import (
+    define,
+    facts_of,
+    float32_or_bfloat16,
+    real_rows,
+    refuse,
+    register_autograd,
+    register_backends,
+)
 
 
 def embedding(
@@ -231,4 +239,4 @@ def _autograd_backward(ctx, dy, _dmean, _drstd):
 
 
 register_autograd("embedding", _autograd_backward, _setup_context)
-register_backends("embedding")
+register_backends("embedding", in_cpp=float32_or_bfloat16)

@@ -16,6 +16,7 @@ from roberta_fast.ops.registration import (
     check_rows,
     define,
     facts_of,
+    float32_or_bfloat16,
     real_rows,
     refuse,
     register_autograd,
@@ -145,4 +146,9 @@ def _autograd_backward(ctx, dy, _du, _dactivated):
 
 
 register_autograd("feed_forward", _autograd_backward, _setup_context)
-register_backends("feed_forward", {"feed_forward_backward": "feed_forward_bwd"}, cpp=f"{__name__}:feed_forward_backward_cpp")
+register_backends(
+    "feed_forward",
+    {"feed_forward_backward": "feed_forward_bwd"},
+    cpp=f"{__name__}:feed_forward_backward_cpp",
+    in_cpp=float32_or_bfloat16,
+)

@@ -16,6 +16,7 @@ from roberta_fast.ops.registration import (
     check_rows,
     define,
     facts_of,
+    float32_or_bfloat16,
     is_plain_call,
     real_rows,
     refuse,
@@ -83,8 +84,13 @@ def _kernel_pays(x, *others):
     if device == "cuda":
         serves = residual is not None and x.dtype in CUDA_DTYPES and dispatch.load_cpp_for_cuda() is None
     else:
-        serves = device == "cpu" and x.dtype == torch.float32
+        serves = device == "cpu" and (x.dtype == torch.float32 or _multiplies_bfloat16(x))
     return serves and not torch.is_autocast_enabled(device) and is_plain_call((x, *others))
+
+
+def _multiplies_bfloat16(x):
+    is_one = x.dtype == torch.bfloat16 and dispatch.load_cpp() is None
+    return is_one and torch.ops.roberta_fast_cpp.multiplies_bfloat16()
 
 
 def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -168,6 +174,12 @@ def _cublaslt_objection(facts):
     return None if facts.dtype in names else f"cuBLASLt multiplies {', '.join(names)}, not {facts.dtype}"
 
 
+def product_objection(facts: dispatch.Facts) -> str | None:
+    """The objection of the CPU's products: those of bfloat16 take instructions that not every processor has."""
+    missing = facts.dtype == "bfloat16" and not torch.ops.roberta_fast_cpp.multiplies_bfloat16()
+    return "this processor has no AVX-512 BF16" if missing else float32_or_bfloat16(facts)
+
+
 dispatch.register(
     "linear",
     "cpp",
@@ -176,5 +188,5 @@ dispatch.register(
     objection=_cublaslt_objection,
     optional=True,
 )
-register_backends("linear", {"linear": "linear_fwd"})
+register_backends("linear", {"linear": "linear_fwd"}, in_cpp=product_objection)
 register_backends("linear", {"linear_backward": "linear_bwd"}, backends=("triton", "torch"))

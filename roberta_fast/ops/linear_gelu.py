@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from roberta_fast import dispatch
-from roberta_fast.ops.linear import check_weight, linear_backward_ref, linear_ref, only_cpp
+from roberta_fast.ops.linear import check_weight, linear_backward_ref, linear_ref, only_cpp, product_objection
 from roberta_fast.ops.registration import (
     autocast_to,
     check_rows,
     define,
     facts_of,
+    float32_or_bfloat16,
     real_rows,
     refuse,
     register_autograd,
@@ -114,4 +115,5 @@ def _autograd_backward(ctx, dy, _du):
 
 
 register_autograd("linear_gelu", _autograd_backward, _setup_context)
-register_backends("linear_gelu")
+register_backends("linear_gelu", {"linear_gelu": "linear_gelu_fwd"}, in_cpp=product_objection)
+register_backends("linear_gelu", {"linear_gelu_backward": "linear_gelu_bwd"}, in_cpp=float32_or_bfloat16)

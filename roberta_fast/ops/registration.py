@@ -99,6 +99,19 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise NotImplementedError(f"roberta_fast::{ctx.name} cannot be differentiated twice; restore_model(model) can")
 
 
+def float32_or_bfloat16(facts: dispatch.Facts) -> str | None:
+    """The objection of C++ kernels that compute both."""
+    return _other_dtype(facts, "float32", "bfloat16")
+
+
+def _float32(facts):
+    return _other_dtype(facts, "float32")
+
+
+def _other_dtype(facts, *dtypes):
+    return None if facts.dtype in dtypes else f"the C++ kernel computes {' and '.join(dtypes)}, not {facts.dtype}"
+
+
 def register_backends(
     stem: str,
     kernels: dict[str, str] | None = None,
@@ -106,22 +119,22 @@ def register_backends(
     backends: tuple[str, ...] = ("triton", "cpp", "torch"),
     cpp: str = "torch:ops.roberta_fast_cpp.{kernel}.default",
     any_dtype: bool = False,
+    in_cpp: Callable[[dispatch.Facts], str | None] = _float32,
     objection: Callable[[dispatch.Facts], str | None] = lambda _: None,
 ) -> None:
     """Registers the candidates of the operations in ``ops/<stem>.py`` by the naming rule that all of them share.
 
     kernels: operation to kernel name, by default ``<stem>`` to ``<stem>_fwd`` and ``<stem>_backward`` to ``<stem>_bwd``.
     cpp: the path of what serves in C++. Triton serves CUDA tensors, C++ CPU tensors, the reference composition ``<op>_ref``
-    any. Kernels take every floating dtype but float64, those in C++ float32 alone, unless ``any_dtype``; ``objection`` adds what
-    else they cannot do.
+    any. Kernels take every floating dtype but float64, unless ``any_dtype``; ``objection`` adds what else they cannot do, and
+    ``in_cpp`` what those in C++ cannot.
     """
 
     def triton_objection(facts):
         return "float64 is not a kernel dtype" if facts.dtype == "float64" and not any_dtype else objection(facts)
 
     def cpp_objection(facts):
-        wrong = facts.dtype != "float32" and not any_dtype
-        return f"the C++ kernel computes float32, not {facts.dtype}" if wrong else objection(facts)
+        return (None if any_dtype else in_cpp(facts)) or objection(facts)
 
     for op, kernel in (kernels or {stem: f"{stem}_fwd", f"{stem}_backward": f"{stem}_bwd"}).items():
         for backend, path, device, reason in (

@@ -14,7 +14,7 @@ operator = torch.ops.roberta_fast.add_layer_norm.default
 backward_operator = torch.ops.roberta_fast.add_layer_norm_backward.default
 SEED = 20240229
 EPS32 = torch.finfo(torch.float32).eps
-HALF, SINGLE = torch.float16, torch.float32
+HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def check(case, inputs, dy, fast):
         assert (fast[name] is None) == (wanted is None), name
         if name in allowed and wanted is not None and wanted.numel():
             # Without dropout one tensor, of residual's type, is the gradient of both.
-            shared = name == "dx" and not case.dropout_p and case.residual == HALF
-            result = fast[name].to(HALF) if shared else fast[name]
+            shared = name == "dx" and not case.dropout_p and case.residual in (HALF, BF16)
+            result = fast[name].to(case.residual) if shared else fast[name]
             error = (result.double() - wanted).abs()
             assert error.isfinite().all(), f"{name}: not finite"
             beyond = ulp_error(result, wanted) * (error - allowed[name]).clamp(min=0) / error.clamp(min=1e-300)
@@ -166,17 +166,12 @@ def check(case, inputs, dy, fast):
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_match_the_reference(name, backend):
-    case = CASES[name]
-    if backend.name == "cpp" and {case.x, case.residual or SINGLE, case.weight} != {SINGLE}:
-        pytest.skip("the C++ kernel computes float32")
+    case = backend.fitted(CASES[name])
     inputs, dy = case.inputs(backend.device)
     fast = run(case, inputs, dy, backend.name)
     assert fast["y"].dtype == (case.residual or case.x)
     assert [None if t is None else t.dtype for t in (fast["dx"], fast["dresidual"])] == [case.x, case.residual]
     check(case, inputs, dy, fast)
-
-
-BF16 = torch.bfloat16
 
 
 @pytest.mark.gpu

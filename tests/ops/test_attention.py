@@ -46,15 +46,9 @@ CASES = {
 }
 
 
-def skip_unless_able(backend, case):
-    if backend.name == "cpp" and case.dtype != torch.float32:
-        pytest.skip("the C++ kernel computes float32")
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_match_the_reference(name, backend):
-    case = CASES[name]
-    skip_unless_able(backend, case)
+    case = backend.fitted(CASES[name])
     inputs, dout = case.inputs(backend.device), dout_of(case, backend.device)
     check(case, run(case, inputs, dout, backend.name), run(case, inputs, dout, "torch"), exactly(case, inputs, dout))
 
