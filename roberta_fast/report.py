@@ -69,6 +69,12 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _cpu_library(dtype):
+    """Who multiplies for PyTorch."""
+    name, backend = ("oneDNN", torch.backends.mkldnn) if dtype in ("bfloat16", "float16") else ("MKL", torch.backends.mkl)
+    return name if backend.is_available() else "torch"
+
+
 def explain(model: nn.Module) -> Explanation:
     """What each operation of the accelerated ``model`` runs on now, where its parameters are, in eval and in training.
 
@@ -81,9 +87,9 @@ def explain(model: nn.Module) -> Explanation:
     options = encoders[0].fast_options
     facts, requested = facts_of(weight, head_dim, deterministic=options.deterministic), options.backend
     skipped: dict[tuple, list[str]] = {}
-    library = "cuBLAS" if weight.is_cuda else "MKL" if torch.backends.mkl.is_available() else "torch"
+    library = "cuBLAS" if weight.is_cuda else _cpu_library(facts.dtype)
     backends = {"linear": (library, library)}
-    if options.deterministic or options.unpad == "device" or (facts.device, facts.dtype) == ("cpu", "float32"):
+    if options.deterministic or options.unpad == "device" or facts[:2] in (("cpu", "float32"), ("cpu", "bfloat16")):
         counted = facts._replace(head_dim=None, device_rows=options.unpad == "device")
         forward = dispatch.choose("linear", counted, requested).backend
         backward = dispatch.choose("linear_backward", counted, requested).backend if counted.device_rows else library

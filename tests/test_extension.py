@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from roberta_fast import dispatch
+from roberta_fast import dispatch, ops
 from roberta_fast.ops import dropout
 from roberta_fast.ops.add_layer_norm import add_layer_norm_backward_ref, add_layer_norm_ref
 from roberta_fast.ops.attention import attention_backward_ref, attention_ref
@@ -136,11 +136,16 @@ def test_gelu_at_the_ends():
     assert y[0, 0] == torch.inf and y[0, 1] == 0 and y[0, 2].isnan() and y[0, 3] == 0
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@DTYPES
 @pytest.mark.parametrize("skip", [False, True], ids=["", "query only"])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("head_dim", [20, 64])
-def test_attention_of_every_instruction_set(head_dim, causal, skip, instruction_set):
+def test_attention_of_every_instruction_set(head_dim, causal, skip, dtype, instruction_set):
     arguments = attention_arguments(LENGTHS, head_dim, dropout_p=0.2, causal=causal, skip=skip)
+    arguments = (*(t.to(dtype) for t in arguments[:3]), *arguments[3:])
     double = [t.double() for t in arguments[:3]]
     out, lse = kernels.attention_fwd(*arguments)
     torch_out, torch_lse = attention_ref(*arguments)
@@ -154,11 +159,12 @@ def test_attention_of_every_instruction_set(head_dim, causal, skip, instruction_
         assert_close_as_torch(*results, factor=3.0, name=name)
 
 
+@DTYPES
 @pytest.mark.parametrize("hidden", [64, 77])
-def test_layer_norm_of_every_instruction_set(hidden, instruction_set):
+def test_layer_norm_of_every_instruction_set(hidden, dtype, instruction_set):
     torch.manual_seed(0)
-    x, residual, dy = torch.randn(3, 40, hidden).unbind()
-    weight, bias = torch.randn(2, hidden).unbind()
+    x, residual, dy = torch.randn(3, 40, hidden).to(dtype).unbind()
+    weight, bias = torch.randn(2, hidden).to(dtype).unbind()
     result = kernels.add_layer_norm_fwd(x, residual, weight, bias, 1e-5, 0.1, SEED)
     plain = add_layer_norm_ref(x, residual, weight, bias, 1e-5, 0.1, SEED)
     exact = add_layer_norm_ref(*(t.double() for t in (x, residual, weight, bias)), 1e-5, 0.1, SEED)
@@ -169,6 +175,34 @@ def test_layer_norm_of_every_instruction_set(hidden, instruction_set):
     exact = add_layer_norm_backward_ref(*(t.double() for t in (dy, x, residual, weight)), *exact[1:], 0.1, SEED)
     for got in zip(result, plain, exact, strict=True):
         assert_close_as_torch(*got, factor=3.0)
+
+
+def test_bfloat16_rounds_to_nearest_even_and_keeps_what_is_no_number(instruction_set):
+    """LayerNorm with a weight of zero gives its bias, which comes in float32 here."""
+    whole = torch.tensor([1.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.3e38, 1e-40, 1e30])
+    halfway = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7F8000], dtype=torch.int32).view(torch.float32)
+    bias = torch.cat([whole, halfway, -halfway, torch.randn(61)])
+    for size in (len(bias), 16):  # with and without a rest beyond whole vectors
+        zeros = torch.zeros(2, size, dtype=torch.bfloat16)
+        y, _, _ = kernels.add_layer_norm_fwd(zeros, None, torch.zeros(size), bias[:size], 1e-5)
+        assert torch.equal(y.nan_to_num(7.0), bias[:size].bfloat16().nan_to_num(7.0).expand(2, -1))
+        assert torch.equal(y.isnan()[0], bias[:size].isnan())
+
+
+def test_products_of_bfloat16_without_the_instruction():
+    """PyTorch's serve, and the reason is said."""
+    best, x = kernels.instruction_set(), torch.ones(2, 8, dtype=torch.bfloat16)
+    try:
+        kernels.set_instruction_set("baseline")
+        dispatch.forget_choices()
+        with pytest.raises(NotImplementedError, match="this processor has no AVX-512 BF16"):
+            kernels.linear_fwd(x, x)
+        with pytest.warns(RuntimeWarning, match=r"linear_gelu on cpu bfloat16 runs on torch \(not cpp: .* no AVX-512 BF16"):
+            ops.linear_gelu(x, x)
+        assert torch.equal(ops.linear(x, x), torch.full((2, 2), 8, dtype=torch.bfloat16))
+    finally:
+        kernels.set_instruction_set(best)
+        dispatch.forget_choices()
 
 
 def every_result(threads):

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from model_trio import tiny_inputs, tiny_model
-from transformers import BertForMaskedLM, BertModel, RobertaForSequenceClassification
+from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, BertModel, RobertaForSequenceClassification
 
-from roberta_fast import accelerate_model, explain, restore_model
+from roberta_fast import accelerate_model, dispatch, explain, restore_model
+from roberta_fast.ops.linear import product_objection
 from roberta_fast.testing import MASKS, assert_close_as_torch, random_inputs
 
 RIGHT = MASKS["right padding"]
@@ -77,6 +78,24 @@ def test_autocast(dtype, trains):
     for fast, slow, true, factor in ((fast_logits, stock_logits, exact_logits, 2), (fast_grad, stock_grad, exact_grad, 3)):
         error, allowed = ((t.double() - true).abs().max() for t in (fast, slow))
         assert error <= factor * allowed + rounding * true.abs().max()
+
+
+def test_bfloat16_of_a_real_checkpoint(checkpoint):
+    """Kernels round where operations end, the stock layers inside them as well: no farther from float64 on the whole."""
+    if reason := dispatch.load_cpp() or product_objection(dispatch.Facts("cpu", "bfloat16")):
+        pytest.skip(reason)
+    exact, stock = (AutoModel.from_pretrained(checkpoint, dtype=dtype).eval() for dtype in (torch.float64, torch.bfloat16))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    texts = ["A short text.", "Nothing beats the quick brown fox, who jumps over the lazy dog and sleeps in the sun.", "1, 2, 3!"]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        true, slow = exact(**inputs)[0][real], stock(**inputs)[0][real]
+        fast = accelerate_model(stock)(**inputs)[0][real]
+    assert (fast.double() - true).abs().mean() < 1.1 * (slow.double() - true).abs().mean()
+    assert torch.cosine_similarity(fast.double(), true).min() > 0.9998
+    explanation = explain(stock)
+    assert not explanation.fallbacks and explanation.backends["linear"] == ("cpp", "oneDNN")
 
 
 PARTS = (
