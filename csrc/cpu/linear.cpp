@@ -9,6 +9,7 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -30,16 +31,7 @@ constexpr int64_t CHUNK = 640;  // most rows of a task
 constexpr int64_t FEW_ROWS = 64;
 constexpr int64_t FEW_PANEL = 48;  // as PANEL; a multiple of the tiles of gemm.h and of all vectors
 // Rows from which on PyTorch's product is faster; on AVX-512 with MKL, 32 rows took 0.6 to 0.85 of its time, 300 rows 0.9.
-// MKL uses AVX-512 on Intel's processors alone: on a Zen 5 it took more than twice the time of this product at any number.
 constexpr int64_t MANY_ROWS = 640;
-bool leave_to_pytorch(int64_t rows) {
-  if (active_level() != Level::avx512) return true;
-#if ROBERTA_FAST_X86
-  return rows > MANY_ROWS && __builtin_cpu_is("intel");
-#else
-  return rows > MANY_ROWS;
-#endif
-}
 // Rows of x that pass over packed weights together, about: 480 KiB of a step's terms; and what their number is a multiple of.
 constexpr int64_t BLOCK = 120, TILE_ROWS = 6;
 
@@ -224,6 +216,18 @@ at::Tensor linear_fwd(const at::Tensor& x, const at::Tensor& weight, const std::
   return run(x, weight, bias, residual, real_rows(count, x.size(0)), deterministic, packed);
 }
 
+// True where this product beats PyTorch's at any number of rows. MKL uses AVX-512 on Intel's processors alone: on a Zen 5 it took
+// twice the time, copies of transposed operands included.
+bool outruns_pytorch() {
+#if ROBERTA_FAST_X86
+  return active_level() == Level::avx512 && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+bool leave_to_pytorch(int64_t rows) { return active_level() != Level::avx512 || (rows > MANY_ROWS && !outruns_pytorch()); }
+
 // Whether there are products of bfloat16: tests may have asked for an older instruction set.
 bool multiplies_bfloat16() {
 #if ROBERTA_FAST_X86
@@ -311,6 +315,29 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
   });
 }
 
+at::Tensor multiply_matrices(const at::Tensor& a, const at::Tensor& b, at::Tensor into) {
+  if (!into.defined()) into = at::empty({a.size(0), b.size(1)}, a.options());
+  if (a.scalar_type() != at::kFloat || !outruns_pytorch() || a.size(1) == 0) return at::mm_out(into, a, b);
+  multiply_rows<float>(a, b.t(), std::nullopt, {}, false, into);
+  return into;
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_bwd(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                                          bool has_bias, const std::optional<at::Tensor>& count) {
+  check_same(x, {{&dy, "dy"}, {&x, "x"}, {&weight, "weight"}}, 2);
+  const int64_t n = x.size(0), real = real_rows(count, n);
+  check_shape(weight, "weight", {weight.size(0), x.size(1)});
+  check_shape(dy, "dy", {n, weight.size(0)});
+  const at::Tensor gradient = dy.narrow(0, 0, real), dx = at::empty({n, x.size(1)}, x.options());
+  multiply_matrices(gradient, weight, dx.narrow(0, 0, real));
+  return {dx, multiply_matrices(gradient.t(), x.narrow(0, 0, real)),
+          has_bias ? at::sum(gradient, 0) : at::empty({0}, x.options())};
+}
+
+}  // namespace
+
 template void multiply_rows(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const Epilogue<float>&, bool,
                             at::Tensor&);
 template void multiply_rows(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const Epilogue<at::BFloat16>&,
@@ -318,6 +345,9 @@ template void multiply_rows(const at::Tensor&, const at::Tensor&, const std::opt
 
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def("multiplies_bfloat16() -> bool", TORCH_FN(multiplies_bfloat16));
+  m.def("outruns_pytorch() -> bool", TORCH_FN(outruns_pytorch));
+  m.def("linear_bwd(Tensor dy, Tensor x, Tensor weight, bool has_bias, Tensor? count=None) -> (Tensor, Tensor, Tensor)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(linear_bwd)));
   m.def("prepack(Tensor weight) -> Tensor", torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(prepack)));
   m.def(
       "linear_fwd(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? count=None, "

@@ -1,8 +1,7 @@
 // y = GELU(x W^T + b) and its gradient; formulas and contract in roberta_fast/ops/linear_gelu.py.
-// Forward is the product of linear.h with a GELU behind it. Backward takes PyTorch's products; derivative and bias gradient are
+// Forward is the product of linear.h with a GELU behind it. Backward is two more products; derivative and bias gradient are
 // one pass over du.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -104,10 +103,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_bwd(const at::Tensor&
     tanh ? differentiate_tanh_for_cpu(params, begin, end) : differentiate_erf_for_cpu(params, begin, end);
   });
   const at::Tensor dx = at::empty({n, x.size(1)}, x.options());
-  at::Tensor product = dx.narrow(0, 0, real);
   const at::Tensor factor = du.to(x.scalar_type());
-  at::mm_out(product, factor, weight);
-  const at::Tensor dweight = at::mm(factor.t(), x.narrow(0, 0, real));
+  multiply_matrices(factor, weight, dx.narrow(0, 0, real));
+  const at::Tensor dweight = multiply_matrices(factor.t(), x.narrow(0, 0, real));
   return {dx, dweight, has_bias ? column_sums(partials).to(x.scalar_type()) : at::empty({0}, x.options())};
 }
 

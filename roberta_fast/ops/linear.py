@@ -3,7 +3,8 @@
 On CUDA, where the host knows the number of rows, and in training this is ``torch.nn.functional.linear``, which nothing beats for
 a plain GEMM: bias and all it is one call of cuBLASLt. With a residual too it is that in inference, by a kernel in C++ where one
 is built. Where only the device knows the number (``count``), the GEMM reads it there; where a row must have the same bits in
-any batch (``deterministic``), it is a GEMM that sums every element in one order. On the CPU that one is also faster for few rows.
+any batch (``deterministic``), it is a GEMM that sums every element in one order. On the CPU that one is also faster for few rows,
+and for any number, in training too, on processors that MKL has no AVX-512 for.
 Backward: dx = dy W, dW = dyᵀ x, db = sum(dy) over the real rows.
 """
 
@@ -18,12 +19,14 @@ from roberta_fast.ops.registration import (
     facts_of,
     float32_or_bfloat16,
     is_plain_call,
+    is_transformed,
     real_rows,
     refuse,
     register_autograd,
     register_backends,
 )
 
+_SLOW_PRODUCTS = ("cpu", torch.float32)
 CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -51,9 +54,13 @@ def linear(
     if residual is not None and residual.shape != (x.shape[0], weight.shape[0]):
         refuse("residual", f"shape {tuple(residual.shape)}", f"[N, M] = {(x.shape[0], weight.shape[0])}")
     if count is None and not deterministic:
-        if not _kernel_pays(x, weight, bias, residual):
-            return linear_ref(x, weight, bias, residual)
-        return _forward.unwatched(x, weight, bias, residual, None, False, backend, packed)
+        operands = x, weight, bias, residual
+        if not _kernel_pays(*operands):
+            return linear_ref(*operands)
+        if is_plain_call(operands):
+            return _forward.unwatched(*operands, None, False, backend, packed)
+        trains = _trains_faster(operands) and backend in ("auto", "cpp")
+        return _forward(*operands, None, False, backend, packed) if trains else linear_ref(*operands)
     x, weight, bias, residual = autocast_to(x, weight, bias, residual)
     return _forward(x, weight, bias, residual, count, deterministic, backend, packed)
 
@@ -78,19 +85,25 @@ def prepack_objection(weight: torch.Tensor) -> str | None:
 
 
 def _kernel_pays(x, *others):
-    """Where the kernel of the CPU serves, or on CUDA the one that adds a residual, and nobody counts on seeing PyTorch's own
-    operation."""
+    """Where the kernel of the CPU serves, or on CUDA the one that adds a residual, in the dtype that the operands have."""
     device, (*_, residual) = x.device.type, others
     if device == "cuda":
         serves = residual is not None and x.dtype in CUDA_DTYPES and dispatch.load_cpp_for_cuda() is None
     else:
-        serves = device == "cpu" and (x.dtype == torch.float32 or _multiplies_bfloat16(x))
-    return serves and not torch.is_autocast_enabled(device) and is_plain_call((x, *others))
+        serves = device == "cpu" and dispatch.load_cpp() is None and (x.dtype == torch.float32 or _multiplies_bfloat16(x))
+    return serves and not torch.is_autocast_enabled(device)
+
+
+def _trains_faster(operands):
+    """Where both factors want gradients, nothing else watches, and PyTorch's float32 products are slow on this processor."""
+    x, weight, *_ = operands
+    wanted = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad and (x.device.type, x.dtype) == _SLOW_PRODUCTS
+    plain = wanted and is_plain_call(operands, records=False) and not is_transformed()
+    return plain and torch.ops.roberta_fast_cpp.outruns_pytorch()
 
 
 def _multiplies_bfloat16(x):
-    is_one = x.dtype == torch.bfloat16 and dispatch.load_cpp() is None
-    return is_one and torch.ops.roberta_fast_cpp.multiplies_bfloat16()
+    return x.dtype == torch.bfloat16 and torch.ops.roberta_fast_cpp.multiplies_bfloat16()
 
 
 def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -189,4 +202,4 @@ dispatch.register(
     optional=True,
 )
 register_backends("linear", {"linear": "linear_fwd"}, in_cpp=product_objection)
-register_backends("linear", {"linear_backward": "linear_bwd"}, backends=("triton", "torch"))
+register_backends("linear", {"linear_backward": "linear_bwd"}, in_cpp=float32_or_bfloat16)

@@ -44,12 +44,15 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     return call
 
 
-def is_plain_call(arguments: tuple) -> bool:
+def is_plain_call(arguments: tuple, records: bool | None = None) -> bool:
     """True where nobody watches: no gradient, transform, mode or subclass. There torch's dispatcher, about 25 µs a call for an
-    operation written in Python, would only find its way to the implementation."""
+    operation written in Python, would only find its way to the implementation.
+
+    records: whether gradients are recorded; None: as torch says.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    records = torch.is_grad_enabled()
+    records = torch.is_grad_enabled() if records is None else records
     for argument in arguments:
         kind = type(argument)
         if kind in _PLAIN:

@@ -269,6 +269,22 @@ def test_inference_on_cpu_takes_the_kernel():
         assert linear(x, weight, bias).dtype == torch.bfloat16
 
 
+def test_training_takes_the_kernel_where_pytorch_is_slower():
+    """And PyTorch's operation wherever someone counts on it, or one factor alone wants a gradient."""
+    (x, weight, bias, _), dy = Case(900, 70, 64).inputs()
+    x.requires_grad_(), weight.requires_grad_()
+    slow = dispatch.load_cpp() is None and torch.ops.roberta_fast_cpp.outruns_pytorch()
+    y = linear(x, weight, bias)
+    assert ("roberta_fast" in y.grad_fn.name()) == slow
+    gradients, expected = (torch.autograd.grad(result, (x, weight), dy) for result in (y, F.linear(x, weight, bias)))
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, other, rtol=1e-4, atol=1e-4)
+    assert "roberta_fast" not in linear(x, weight.detach(), bias).grad_fn.name()
+    assert "roberta_fast" not in linear(x, weight, bias, backend="torch").grad_fn.name()
+    derivative = torch.func.grad(lambda weight: linear(x.detach(), weight, bias).sum())(weight.detach())
+    assert torch.allclose(derivative, x.detach().sum(0).expand(70, -1), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("outer", [1, 67, 200])
 def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(outer, dtype):
