@@ -8,7 +8,6 @@ namespace roberta_fast {
 namespace {
 
 constexpr int TILE_ROWS = 6;
-constexpr int DEPTH = 512;
 constexpr int AHEAD = 4;  // rows of b that are asked for early, as those of a large b come from the second cache
 
 // How a lies: in cache by rows or by columns, or by rows that come from memory; asking: by rows, where memory is asked for.

@@ -23,10 +23,10 @@
 namespace roberta_fast {
 namespace {
 
-constexpr int64_t PANEL = 64;   // columns of y that a task computes: four vectors of AVX-512
-constexpr int64_t ROWS = 24;    // rows of y whose sums lie in the nearest cache: 6 KiB
-constexpr int64_t STEP = 1024;  // terms of the sums whose weights lie in the second cache: 256 KiB
-constexpr int64_t CHUNK = 640;  // most rows of a task
+constexpr int64_t PANEL = 64;        // columns of y that a task computes: four vectors of AVX-512
+constexpr int64_t ROWS = 24;         // rows of y whose sums lie in the nearest cache: 6 KiB
+constexpr int64_t STEP = 6 * DEPTH;  // terms of the sums whose weights lie in the second cache: 288 KiB; whole runs of gemm.h
+constexpr int64_t CHUNK = 640;       // most rows of a task
 // Up to as many rows weights are read as they lie: 16 rows took 0.87 of the time of a transposed panel, 32 0.83, 64 all of it.
 constexpr int64_t FEW_ROWS = 64;
 constexpr int64_t FEW_PANEL = 48;  // as PANEL; a multiple of the tiles of gemm.h and of all vectors

@@ -26,7 +26,6 @@ from roberta_fast.ops.registration import (
     register_backends,
 )
 
-_SLOW_PRODUCTS = ("cpu", torch.float32)
 CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -55,12 +54,11 @@ def linear(
         refuse("residual", f"shape {tuple(residual.shape)}", f"[N, M] = {(x.shape[0], weight.shape[0])}")
     if count is None and not deterministic:
         operands = x, weight, bias, residual
-        if not _kernel_pays(*operands):
-            return linear_ref(*operands)
-        if is_plain_call(operands):
+        if is_plain_call(operands) and _kernel_pays(x, residual):
             return _forward.unwatched(*operands, None, False, backend, packed)
-        trains = _trains_faster(operands) and backend in ("auto", "cpp")
-        return _forward(*operands, None, False, backend, packed) if trains else linear_ref(*operands)
+        if is_plain_call(operands, records=False) and backend in ("auto", "cpp") and _trains_faster(x, weight):
+            return _forward(*operands, None, False, backend, packed)
+        return linear_ref(*operands)
     x, weight, bias, residual = autocast_to(x, weight, bias, residual)
     return _forward(x, weight, bias, residual, count, deterministic, backend, packed)
 
@@ -84,26 +82,26 @@ def prepack_objection(weight: torch.Tensor) -> str | None:
     return dispatch.load_cpp()
 
 
-def _kernel_pays(x, *others):
-    """Where the kernel of the CPU serves, or on CUDA the one that adds a residual, in the dtype that the operands have."""
-    device, (*_, residual) = x.device.type, others
+def _kernel_pays(x, residual):
+    """Where the kernel of the CPU serves, or on CUDA the one that adds a residual, in x's own dtype."""
+    device = x.device.type
     if device == "cuda":
         serves = residual is not None and x.dtype in CUDA_DTYPES and dispatch.load_cpp_for_cuda() is None
     else:
-        serves = device == "cpu" and dispatch.load_cpp() is None and (x.dtype == torch.float32 or _multiplies_bfloat16(x))
+        serves = device == "cpu" and (x.dtype == torch.float32 or _multiplies_bfloat16(x))
     return serves and not torch.is_autocast_enabled(device)
 
 
-def _trains_faster(operands):
-    """Where both factors want gradients, nothing else watches, and PyTorch's float32 products are slow on this processor."""
-    x, weight, *_ = operands
-    wanted = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad and (x.device.type, x.dtype) == _SLOW_PRODUCTS
-    plain = wanted and is_plain_call(operands, records=False) and not is_transformed()
-    return plain and torch.ops.roberta_fast_cpp.outruns_pytorch()
-
-
 def _multiplies_bfloat16(x):
-    return x.dtype == torch.bfloat16 and torch.ops.roberta_fast_cpp.multiplies_bfloat16()
+    is_one = x.dtype == torch.bfloat16 and dispatch.load_cpp() is None
+    return is_one and torch.ops.roberta_fast_cpp.multiplies_bfloat16()
+
+
+def _trains_faster(x, weight):
+    """Where both factors want gradients, and PyTorch's float32 products are slow on this processor."""
+    trains = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
+    is_one = trains and (x.device.type, x.dtype) == ("cpu", torch.float32) and not torch.is_autocast_enabled("cpu")
+    return is_one and not is_transformed() and dispatch.load_cpp() is None and torch.ops.roberta_fast_cpp.outruns_pytorch()
 
 
 def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
