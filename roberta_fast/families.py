@@ -334,3 +334,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     A class of ours that stands in for another one, as ``roberta_fast.deterministic.Linear``, counts as that one.
     """
     return getattr(type(module), "stock", type(module)) is kind and "forward" not in module.__dict__
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether a module is nothing but a LayerNorm, with a bias."""
+    return is_plain(norm, nn.LayerNorm) and norm.bias is not None

@@ -7,7 +7,7 @@ from roberta_fast import ops, padding_mask
 from roberta_fast.copies import CopiesHolder, copies_of
 from roberta_fast.decoding import cross_attention, self_attention
 from roberta_fast.deterministic import Linear
-from roberta_fast.families import gelu_form, is_plain, layer_parts, unwrapped
+from roberta_fast.families import gelu_form, is_plain, is_plain_norm, layer_parts, unwrapped
 from roberta_fast.ops import dropout
 from roberta_fast.packing import PackedBatch
 from roberta_fast.parts import LINEARS, LayerParts
@@ -46,6 +46,8 @@ class FastLayer(CopiesHolder):
         p = [dropout_probability(module) for module in dropouts]
         seeds = dropout.new_seeds(len(p), rows.device) if any(p) else None
         copies = copies_of(self, parts) if batch.eight_bits else None
+        if copies and not any(p) and copies.is_whole(rows, batch, parts):
+            return copies.layer(rows, batch, parts)
         inverses = copies.inverses if copies else (None, None)
 
         projections = _query_key_value(rows, parts, batch, copies)
@@ -212,7 +214,7 @@ def add_norm(x, residual, norm, p, seeds, index, batch, inverse=None):
         batch.carried.put(y, rounded)
         return y
     seed = seeds[index : index + 1] if p else None
-    if not is_plain(norm, nn.LayerNorm) or norm.bias is None:
+    if not is_plain_norm(norm):
         return batch.real(norm(batch.real(residual + nn.functional.dropout(x, p))))
     options = {"dropout_p": p, "seed": seed, "count": batch.count, "backend": batch.options.backend}
     options["dropout_rows"] = batch.asking if p else None  # a row drops the same in whatever company it is
