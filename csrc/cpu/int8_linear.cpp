@@ -175,11 +175,35 @@ TARGET_VNNI void tile_of(const int32_t* x, const int32_t* panel, int32_t* sums, 
 
 constexpr decltype(&tile_of<1>) TILES[] = {nullptr, tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>};
 
-// Sums to y, for the rows from first on and a panel's columns.
 template <Activation ACTIVATION>
-TARGET_VNNI ALWAYS_INLINE void finish(const Int8Linear& p, const Scratch& s, int64_t first, int64_t row, int64_t rows,
-                                      int64_t column) {
-  for (int64_t c = column; c < std::min(column + PANEL, p.columns); c += 16) {
+TARGET_VNNI ALWAYS_INLINE Vector activated(const Vector& v) {
+  if constexpr (ACTIVATION == Activation::gelu_erf) return gelu_near<Avx512>(v);
+  if constexpr (ACTIVATION == Activation::gelu_tanh) return gelu_tanh<Avx512>(v);
+  return v;
+}
+
+// Sums to y, for the rows from first on and all of a panel's columns: whole vectors, in the order in which they lie.
+template <Activation ACTIVATION, int... V>
+TARGET_VNNI ALWAYS_INLINE void finish_panel(const Int8Linear& p, const Scratch& s, int64_t first, int64_t row, int64_t rows,
+                                            int64_t column, std::integer_sequence<int, V...>) {
+  const Modular offset[] = {load<Modular>(p.offset + column + V * 16)...};
+  const Vector scale[] = {load<Vector>(p.scale + column + V * 16)...};
+  const Vector bias[] = {p.bias ? load<Vector>(p.bias + column + V * 16) : Vector{}...};
+  float* const y[] = {p.y + p.of_y.at(first + row, column + V * 16)...};
+  for (int64_t r = 0, at = 0; r < rows; ++r, at += p.of_y.row) {
+    const int32_t* const sums = s.sums + r * PANEL;
+    const float unit = s.scale[row + r];
+    const Integers sum[] = {bits_as<Integers>(load<Modular>(sums + V * 16) - offset[V])...};
+    const Vector v[] = {__builtin_convertvector(sum[V], Vector) * (scale[V] * unit) + bias[V]...};
+    (store(y[V] + at, activated<ACTIVATION>(v[V])), ...);
+  }
+}
+
+// The same for a panel with fewer columns.
+template <Activation ACTIVATION>
+TARGET_VNNI ALWAYS_INLINE void finish_rest(const Int8Linear& p, const Scratch& s, int64_t first, int64_t row, int64_t rows,
+                                           int64_t column) {
+  for (int64_t c = column; c < p.columns; c += 16) {
     const int64_t n = p.columns - c;
     const Modular offset = bits_as<Modular>(load_first<Integers>(p.offset + c, n));
     const Vector scale = load_first<Vector>(p.scale + c, n);
@@ -187,12 +211,16 @@ TARGET_VNNI ALWAYS_INLINE void finish(const Int8Linear& p, const Scratch& s, int
     float* const y = p.y + p.of_y.at(first + row, c);
     for (int64_t r = 0; r < rows; ++r) {
       const Integers sum = bits_as<Integers>(load<Modular>(s.sums + r * PANEL + c - column) - offset);
-      Vector v = __builtin_convertvector(sum, Vector) * (scale * s.scale[row + r]) + bias;
-      if constexpr (ACTIVATION == Activation::gelu_erf) v = gelu_near<Avx512>(v);
-      if constexpr (ACTIVATION == Activation::gelu_tanh) v = gelu_tanh<Avx512>(v);
-      store_first(y + r * p.of_y.row, v, n);
+      const Vector v = __builtin_convertvector(sum, Vector) * (scale * s.scale[row + r]) + bias;
+      store_first(y + r * p.of_y.row, activated<ACTIVATION>(v), n);
     }
   }
+}
+
+template <Activation ACTIVATION>
+TARGET_VNNI void finish(const Int8Linear& p, const Scratch& s, int64_t first, int64_t row, int64_t rows, int64_t column) {
+  if (column + PANEL > p.columns) return finish_rest<ACTIVATION>(p, s, first, row, rows, column);
+  finish_panel<ACTIVATION>(p, s, first, row, rows, column, std::make_integer_sequence<int, PANEL / 16>());
 }
 
 // Rows [begin, end), at most ROWS, and panels [first, last). after: the panel that is wanted next.

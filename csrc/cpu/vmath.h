@@ -6,6 +6,15 @@
 
 #include "simd.h"
 
+// Instructions for which GCC's vector types have no expression are called by GCC's name for them: it is in the function that
+// such a call ends up in, not in the template, that GCC wants the instruction set.
+#if ROBERTA_FAST_X86 && !defined(__clang__)
+#include <immintrin.h>
+#define ROBERTA_FAST_GCC_X86 1
+#else
+#define ROBERTA_FAST_GCC_X86 0
+#endif
+
 namespace roberta_fast {
 
 template <class Isa>
@@ -16,6 +25,25 @@ ALWAYS_INLINE Floats<Isa> select(const Ints<Isa>& mask, const Floats<Isa>& yes, 
 template <class Isa>
 ALWAYS_INLINE Floats<Isa> absolute(const Floats<Isa>& x) {
   return bits_as<Floats<Isa>>(bits_as<Ints<Isa>>(x) & 0x7FFFFFFF);
+}
+
+// b where it is greater than a, and a where either is no number. GCC makes a comparison and a choice of it unless it is told that
+// this is what the instruction does.
+template <class Isa>
+ALWAYS_INLINE Floats<Isa> larger(const Floats<Isa>& a, const Floats<Isa>& b) {
+#if ROBERTA_FAST_GCC_X86
+  if constexpr (Isa::WIDTH == 16) return __builtin_ia32_maxps512_mask(b, a, a, -1, 4);
+#endif
+  return b > a ? b : a;
+}
+
+// b where it is less than a, and a where either is no number.
+template <class Isa>
+ALWAYS_INLINE Floats<Isa> smaller(const Floats<Isa>& a, const Floats<Isa>& b) {
+#if ROBERTA_FAST_GCC_X86
+  if constexpr (Isa::WIDTH == 16) return __builtin_ia32_minps512_mask(b, a, a, -1, 4);
+#endif
+  return b < a ? b : a;
 }
 
 // The leading 12 bits of the significand: products of two such numbers are exact.
@@ -172,7 +200,7 @@ ALWAYS_INLINE Floats<Isa> gelu_near(const Floats<Isa>& u) {
   constexpr float MOST = 4.75f;
   constexpr float COEFFICIENTS[] = {0.148748294f,   -0.0736675709f, 0.0532352254f,   -0.040567629f,   0.0304028094f,   -0.0216528513f,
                                     0.0134072648f, -0.00716244569f, 0.00501159159f, -0.00377497566f, 0.00128338148f};
-  const Floats<Isa> below = u < MOST ? u : Floats<Isa>{} + MOST, t = below > -MOST ? below : Floats<Isa>{} - MOST;
+  const Floats<Isa> t = larger<Isa>(Floats<Isa>{} - MOST, smaller<Isa>(Floats<Isa>{} + MOST, u));
   const Floats<Isa> s = t * (t * (2.0f / (MOST * MOST))) - 1.0f;
   Floats<Isa> p = Floats<Isa>{} + COEFFICIENTS[10];
 #pragma GCC unroll 10
