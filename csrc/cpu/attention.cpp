@@ -72,11 +72,6 @@ constexpr int64_t OUT_ROWS = 12;  // queries whose sums, 3 KiB, are still in the
 
 int64_t forward_scratch(int64_t head_dim) { return BLOCK * (BLOCK + 3 * padded(head_dim) + 3); }
 
-template <class Vector>
-ALWAYS_INLINE Vector larger(const Vector& a, const Vector& b) {
-  return b > a ? b : a;  // a where b is no number
-}
-
 // The largest of each lane's scores, or -inf; in four chains, as each comparison waits for the one before.
 template <class Isa>
 ALWAYS_INLINE Floats<Isa> largest(const float* scores, int64_t keys) {
@@ -84,9 +79,9 @@ ALWAYS_INLINE Floats<Isa> largest(const float* scores, int64_t keys) {
   Vector most[] = {Vector{} - INFINITY, Vector{} - INFINITY, Vector{} - INFINITY, Vector{} - INFINITY};
   int64_t j = 0;
   for (; j + 4 <= keys; j += 4)
-    for (int i = 0; i < 4; ++i) most[i] = larger(most[i], load<Vector>(scores + (j + i) * BLOCK));
-  for (; j < keys; ++j) most[0] = larger(most[0], load<Vector>(scores + j * BLOCK));
-  return larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    for (int i = 0; i < 4; ++i) most[i] = larger<Isa>(most[i], load<Vector>(scores + (j + i) * BLOCK));
+  for (; j < keys; ++j) most[0] = larger<Isa>(most[0], load<Vector>(scores + j * BLOCK));
+  return larger<Isa>(larger<Isa>(most[0], most[1]), larger<Isa>(most[2], most[3]));
 }
 
 // Turns a block of transposed scores into weights against the new running maximum, for the queries of one vector of lanes.
@@ -95,7 +90,7 @@ template <class Isa>
 ALWAYS_INLINE Floats<Isa> softmax_lanes(float* scores, int64_t keys, float* maximum, float* sum) {
   using Vector = Floats<Isa>;
   const Vector before = load<Vector>(maximum);
-  const Vector now = larger(before, largest<Isa>(scores, keys));
+  const Vector now = larger<Isa>(before, largest<Isa>(scores, keys));
   // A query that has seen no key yet: subtracting -inf from its -inf scores would give NaN, subtracting 0 gives weights of 0.
   const Vector shift = now == -INFINITY ? Vector{} : now;
   const Vector factor = exp_nonpositive<Isa>(before - shift);

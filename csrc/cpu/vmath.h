@@ -91,10 +91,16 @@ ALWAYS_INLINE Floats<Isa> scaled(const Floats<Isa>& x, const Floats<Isa>& n) {
 // e^x for x <= 0, below 1.1 ulp; results below the normal numbers become zero, and NaN stays NaN.
 template <class Isa>
 ALWAYS_INLINE Floats<Isa> exp_nonpositive(const Floats<Isa>& x) {
-  const Floats<Isa> n = nearest_power<Isa>(x);
+  const Floats<Isa> n = nearest_power<Isa>(x), r = (x - n * LN2) - n * LN2_LOW;
+#if ROBERTA_FAST_GCC_X86
+  if constexpr (Isa::WIDTH == 16) {  // one instruction scales by 2^n and leaves zeros
+    constexpr int NOT_LESS = 21, TO_NEAREST = 4;
+    const __mmask16 kept = __builtin_ia32_cmpps512_mask(x, Floats<Isa>{} - 87.0f, NOT_LESS, -1, TO_NEAREST);
+    return __builtin_ia32_scalefps512_mask(1.0f + exp_fraction<Isa>(r), n, Floats<Isa>{}, kept, TO_NEAREST);
+  }
+#endif
   const Floats<Isa> power = bits_as<Floats<Isa>>((__builtin_convertvector(n, Ints<Isa>) + 127) << 23);
-  const Floats<Isa> fraction = exp_fraction<Isa>((x - n * LN2) - n * LN2_LOW);
-  return select<Isa>(x < -87.0f, Floats<Isa>{}, power * (1.0f + fraction));
+  return select<Isa>(x < -87.0f, Floats<Isa>{}, power * (1.0f + exp_fraction<Isa>(r)));
 }
 
 // log(x) for normal x > 0, below 1 ulp, and NaN for NaN, by the atanh series and coefficients of FreeBSD's msun (e_logf.c).
@@ -198,8 +204,9 @@ ALWAYS_INLINE Floats<Isa> gelu(const Floats<Isa>& u) {
 template <class Isa>
 ALWAYS_INLINE Floats<Isa> gelu_near(const Floats<Isa>& u) {
   constexpr float MOST = 4.75f;
-  constexpr float COEFFICIENTS[] = {0.148748294f,   -0.0736675709f, 0.0532352254f,   -0.040567629f,   0.0304028094f,   -0.0216528513f,
-                                    0.0134072648f, -0.00716244569f, 0.00501159159f, -0.00377497566f, 0.00128338148f};
+  constexpr float COEFFICIENTS[] = {0.148748294f,   -0.0736675709f,  0.0532352254f, -0.040567629f,
+                                    0.0304028094f,  -0.0216528513f,  0.0134072648f, -0.00716244569f,
+                                    0.00501159159f, -0.00377497566f, 0.00128338148f};
   const Floats<Isa> t = larger<Isa>(Floats<Isa>{} - MOST, smaller<Isa>(Floats<Isa>{} + MOST, u));
   const Floats<Isa> s = t * (t * (2.0f / (MOST * MOST))) - 1.0f;
   Floats<Isa> p = Floats<Isa>{} + COEFFICIENTS[10];
