@@ -275,6 +275,18 @@ def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(backend):
     assert all(torch.equal(result, results[-1][: len(result)]) for result in results)
 
 
+@needs_kernel
+@pytest.mark.parametrize("outer", [80, 72], ids=["whole vectors", "part of a vector"])
+def test_a_large_result_has_the_bits_of_its_parts(outer):
+    """More than 8 MiB, which are written past the caches where they are whole vectors."""
+    x, weight, bias = Case(33_000, outer, 24).inputs()
+    quantized = quantize_weight(weight)
+    parts = torch.cat([int8_linear(part, quantized, bias, backend="cpp") for part in x.split(1000)])
+    assert torch.equal(int8_linear(x, quantized, bias, backend="cpp"), parts)
+    apart = int8_linear(x, quantized, bias, heads=outer // 8 // 2, backend="cpp")
+    assert torch.equal(apart.transpose(0, 1).flatten(1), parts)
+
+
 @pytest.mark.parametrize("heads", [1, 4, 6, 12], ids=lambda heads: f"{192 // heads} columns")
 @pytest.mark.parametrize("rows", [0, 5, 130])
 def test_columns_of_heads_lie_together(rows, heads, backend):
