@@ -156,7 +156,7 @@ ALWAYS_INLINE void differentiate(const Backward& p, int64_t task, int64_t) {
       load_queries<Isa>(p, s, head, first, queries, b);
       for (int64_t first_key = span; first_key < visible_end; first_key += BLOCK) {
         const int64_t keys = std::min(BLOCK, span_end - first_key), offset = (first_key - span) * b.width;
-        const bool add_to_keys = first_key<seen_end, add_to_queries = first_key> span;
+        const bool add_to_keys = first_key < seen_end, add_to_queries = first_key > span;
         differentiate_block<Isa>(p, s, head, first, queries, first_key, keys, add_to_keys, add_to_queries, b.key + offset,
                                  b.dkey + offset, b.dvalue + offset, b);
         seen_end = std::max(seen_end, first_key + keys);

@@ -139,7 +139,7 @@ def test_workers_that_cannot_load_end_the_command(checkpoint):
     assert "has no weights for --task question-answering" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.filterwarnings("ignore:roberta_fast. embedding on cpu bfloat16:RuntimeWarning")  # before what is refused
+@pytest.mark.filterwarnings("ignore:roberta_fast. embedding on cpu float16:RuntimeWarning")  # before what is refused
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -155,7 +155,7 @@ def test_workers_that_cannot_load_end_the_command(checkpoint):
         (["--model", "MODEL", "--precision", "fp8"], "precision='fp8' is for GPUs of compute capability 8.9 or later"),
         (["--model", "MODEL", "--precision", "int4"], "precision='int4' is not one of"),
         (["--model", "MODEL", "--precision", "int8", "--dtype", "bfloat16"], "--precision int8 is for --device cpu and --dtype"),
-        (["--model", "MODEL", "--deterministic", "--dtype", "bfloat16"], "deterministic"),
+        (["--model", "MODEL", "--deterministic", "--dtype", "float16"], "deterministic"),
         (["--model", "MODEL", "--prepack", "--dtype", "bfloat16"], "--prepack is for --device cpu and --dtype float32"),
         (["--model", "MODEL", "--prepack", "--precision", "int8"], "--prepack is for weights in float32"),
         (["--model", "MODEL", "--prepack", "--stock"], "no --prepack"),
