@@ -1,12 +1,13 @@
 """The accelerated encoder computes what the reference computes, forward and backward, under every kind of mask."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import AutoModel
 
-from roberta_fast import FastRobertaEncoder, accelerate_model
+from roberta_fast import FastRobertaEncoder, accelerate_model, dispatch
 from roberta_fast.reference import encoder_ref
 from roberta_fast.testing import MASKS, assert_close_as_torch, random_inputs, randomize, tiny_config
 
@@ -80,6 +81,7 @@ def test_gradients(model_type, mask):
     fast = stock_model(model_type, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     stock, double = copy.deepcopy(fast), copy.deepcopy(fast).double()
     accelerate_model(fast)
+    mask = mask.repeat(8, 1)  # a largest error of few terms is luck
     inputs = random_inputs(mask, fast.config)
     weights = torch.randn(*mask.shape, fast.config.hidden_size, generator=torch.Generator().manual_seed(1))
     weights[mask == 0] = 0
@@ -131,11 +133,10 @@ def test_half_precision_on_cpu(dtype):
     double = copy.deepcopy(model).to(dtype).double()(**inputs).last_hidden_state
     model.to(dtype)
     stock = model(**inputs).last_hidden_state
-    with pytest.warns(RuntimeWarning, match="the C\\+\\+ kernel computes float32"):
-        from roberta_fast import dispatch
-
-        dispatch._warned.clear()
-        dispatch.forget_choices()
+    dispatch._warned.clear()
+    dispatch.forget_choices()
+    warns = pytest.warns(RuntimeWarning, match="computes float32 and bfloat16") if dtype == torch.float16 else nullcontext()
+    with warns:
         output = accelerate_model(model)(**inputs).last_hidden_state
     assert_close_as_torch(output[mask.bool()], stock[mask.bool()], double[mask.bool()])
 

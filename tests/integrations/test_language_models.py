@@ -244,7 +244,7 @@ def test_gradients_on_trained_weights_and_real_text(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     torch.manual_seed(0)  # of the head, which the checkpoint lacks
     models = trio(AutoModelForMaskedLM.from_pretrained(checkpoint, **NO_DROPOUT).train())
-    batch = tokenizer(read_sentences(None)[:6], padding=True, return_tensors="pt")
+    batch = tokenizer(read_sentences(None)[:24], padding=True, return_tensors="pt")
     chosen = batch["attention_mask"].bool() & (torch.arange(batch["input_ids"].shape[1]) % 4 == 1)
     batch["labels"] = torch.where(chosen, batch["input_ids"], -100)
     for model in models:
