@@ -25,6 +25,7 @@ $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q "setuptools>=77" setuptools-scm wheel ninja pybind11 "$(TORCH)" "numpy<2.4"
+	# setuptools-scm is what seqeval builds by, and says nothing of.
 	# A CUDA build of torch brings the Triton it was made for; a CPU build brings none.
 	$(BIN)/python -c "import torch; raise SystemExit(torch.version.cuda is not None)" && $(BIN)/pip install -q triton==3.6.0 || true
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
