@@ -19,7 +19,7 @@ from roberta_fast.first_token import FastHead
 from roberta_fast.heads import FastLanguageModel, head_objection
 from roberta_fast.layer import layer_objection, linears
 from roberta_fast.ops.feed_forward import is_fused
-from roberta_fast.ops.linear import prepack_objection
+from roberta_fast.ops.linear import outruns_pytorch, prepack_objection
 from roberta_fast.ops.registration import facts_of
 from roberta_fast.prepacked import is_packed
 from roberta_fast.recorders import RECORDERS
@@ -92,7 +92,8 @@ def explain(model: nn.Module) -> Explanation:
     if options.deterministic or options.unpad == "device" or facts[:2] in (("cpu", "float32"), ("cpu", "bfloat16")):
         counted = facts._replace(head_dim=None, device_rows=options.unpad == "device")
         forward = dispatch.choose("linear", counted, requested).backend
-        backward = dispatch.choose("linear_backward", counted, requested).backend if counted.device_rows else library
+        ours = counted.device_rows or (facts[:2] == ("cpu", "float32") and requested in ("auto", "cpp") and outruns_pytorch())
+        backward = dispatch.choose("linear_backward", counted, requested).backend if ours else library
         backends = {"linear": (forward, backward)}
     precision, operations = "as the model", dict(_OPERATIONS)
     if options.precision:

@@ -101,7 +101,12 @@ def _trains_faster(x, weight):
     """Where both factors want gradients, and PyTorch's float32 products are slow on this processor."""
     trains = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
     is_one = trains and (x.device.type, x.dtype) == ("cpu", torch.float32) and not torch.is_autocast_enabled("cpu")
-    return is_one and not is_transformed() and dispatch.load_cpp() is None and torch.ops.roberta_fast_cpp.outruns_pytorch()
+    return is_one and not is_transformed() and outruns_pytorch()
+
+
+def outruns_pytorch() -> bool:
+    """Whether the float32 kernel is faster than PyTorch's products on this processor for any number of rows, hence trains too."""
+    return dispatch.load_cpp() is None and torch.ops.roberta_fast_cpp.outruns_pytorch()
 
 
 def check_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
