@@ -97,13 +97,38 @@ def choose(op: str, facts: Facts, requested: str = "auto") -> Choice:
         faster one was passed over. A named backend must serve, if ``op`` has it at all.
     Raises ValueError if ``requested`` is no backend, or has an implementation of ``op`` that cannot serve ``facts``.
     """
-    if requested == "auto":
-        requested = os.environ.get("ROBERTA_FAST_BACKEND", "auto")
-    return _choose(op, facts, requested)
+    return _choose(op, facts, _asked_for(requested))
+
+
+def backends(ops: tuple[str, ...], facts: Facts, requested: str = "auto") -> tuple[str | None, ...]:
+    """The backend that ``choose`` would take for each of ``ops``, None for one that nothing can run. Warns of nothing."""
+    return _backends(ops, facts, _asked_for(requested))
+
+
+@functools.cache
+def _backends(ops, facts, requested):
+    return tuple(candidate and candidate.backend for candidate, _ in (_first_able(op, facts, requested) for op in ops))
+
+
+def _asked_for(requested):
+    return os.environ.get("ROBERTA_FAST_BACKEND", "auto") if requested == "auto" else requested
 
 
 @functools.cache
 def _choose(op: str, facts: Facts, requested: str) -> Choice:
+    candidate, skipped = _first_able(op, facts, requested)
+    if candidate is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or f"it does not run on {facts.device} tensors"
+        raise ValueError(f"backend={requested!r} cannot run {op} on {facts.device} {facts.dtype}: {reasons}")
+    choice = Choice(candidate.backend, candidate.load(), skipped)
+    if skipped and skipped not in _warned:
+        _warned.add(skipped)
+        warnings.warn(f"roberta_fast: {describe(op, facts, choice)}", RuntimeWarning, stacklevel=3)
+    return choice
+
+
+def _first_able(op, facts, requested):
+    """The candidate that serves, or None, and ``(backend, reason)`` of each faster one."""
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r} is not one of {BACKENDS}")
     # Triton's interpreter runs kernels on CPU tensors: a backend for tests, taken only when asked for by name.
@@ -114,15 +139,10 @@ def _choose(op: str, facts: Facts, requested: str) -> Choice:
     for candidate in able:
         reason = candidate.reason_against(facts)
         if reason is None:
-            choice = Choice(candidate.backend, candidate.load(), tuple(skipped))
-            if skipped and tuple(skipped) not in _warned:
-                _warned.add(tuple(skipped))
-                warnings.warn(f"roberta_fast: {describe(op, facts, choice)}", RuntimeWarning, stacklevel=3)
-            return choice
+            return candidate, tuple(skipped)
         if not candidate.optional or requested == candidate.backend:
             skipped.append((candidate.backend, reason))
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or f"it does not run on {facts.device} tensors"
-    raise ValueError(f"backend={requested!r} cannot run {op} on {facts.device} {facts.dtype}: {reasons}")
+    return None, tuple(skipped)
 
 
 def describe(op: str, facts: Facts, choice: Choice) -> str:
@@ -134,6 +154,7 @@ def describe(op: str, facts: Facts, choice: Choice) -> str:
 def forget_choices() -> None:
     """Drops remembered choices, for tests and after an extension was built in the running process."""
     _choose.cache_clear()
+    _backends.cache_clear()
     load_cpp.cache_clear()
     load_cpp_for_cuda.cache_clear()
 

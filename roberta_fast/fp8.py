@@ -75,10 +75,6 @@ class Fp8Linears(NamedTuple):
     reads = (*LINEARS, "attention_norm", "output_norm")
     is_released = False
 
-    def is_whole(self, *_) -> bool:
-        """No call serves a whole layer."""
-        return False
-
     @classmethod
     def made_of(cls, parts: LayerParts, norm: nn.Module | None) -> "Fp8Linears":
         """From the weights of ``parts``. norm: the LayerNorm before the layer. Raises ValueError why there are none."""

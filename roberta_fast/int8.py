@@ -6,10 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from roberta_fast import dispatch, ops
-from roberta_fast.families import gelu_form, is_plain_norm
+from roberta_fast import ops
+from roberta_fast.families import gelu_form
 from roberta_fast.ops.int8_linear import Int8Weight, pack_weight, quantize_rows
-from roberta_fast.ops.registration import facts_of, is_plain_call
 from roberta_fast.packing import PackedBatch
 from roberta_fast.parts import LINEARS, LayerParts
 
@@ -83,33 +82,6 @@ class Int8Linears(NamedTuple):
             return self.output(parts.activation(self.intermediate(rows, batch)), batch)
         options = {"gelu": form, "count": batch.count, "backend": batch.options.backend}
         return ops.int8_feed_forward(rows, *self.intermediate, *self.output, **options)
-
-    def is_whole(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> bool:
-        """Whether ``layer`` serves: nobody watches, nothing is out of the ordinary, and all of it would run in C++."""
-        if batch.decoding or batch.first_rows or batch.count is not None or not is_plain_call((rows,)):
-            return False
-        if gelu_form(parts.activation) is None or not all(map(is_plain_norm, (parts.attention_norm, parts.output_norm))):
-            return False
-        facts, requested = facts_of(rows, parts.attention.attention_head_size), batch.options.backend
-        without = facts._replace(head_dim=None)
-        chosen = ("attention", facts), ("int8_linear", without), ("int8_feed_forward", without), ("add_layer_norm", without)
-        return all(dispatch.choose(op, seen, requested).backend == "cpp" for op, seen in chosen)
-
-    def layer(self, rows: torch.Tensor, batch: PackedBatch, parts: LayerParts) -> torch.Tensor:
-        """A whole layer, rows [N, C] to rows [N, C], by one call: the same bits as by its operations."""
-        norms = parts.attention_norm, parts.output_norm
-        return torch.ops.roberta_fast_cpp.int8_layer_fwd.default(
-            rows,
-            batch.cu_seqlens,
-            batch.query_only,
-            self.projections.weight.shape[0] // parts.attention.attention_head_size // 3,
-            parts.attention.scaling,
-            [tensor for linear in self[:4] for tensor in linear.weight[:3]],
-            [linear.bias for linear in self[:4]],
-            [tensor for norm in norms for tensor in (norm.weight, norm.bias)],
-            *(norm.eps for norm in norms),
-            gelu_form(parts.activation),
-        )
 
     def quantized(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """(integers, scale, bias) of every one of ``LINEARS``."""

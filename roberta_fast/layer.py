@@ -8,6 +8,7 @@ from roberta_fast.copies import CopiesHolder, copies_of
 from roberta_fast.decoding import cross_attention, self_attention
 from roberta_fast.deterministic import Linear
 from roberta_fast.families import gelu_form, is_plain, is_plain_norm, layer_parts, unwrapped
+from roberta_fast.one_call import by_one_call
 from roberta_fast.ops import dropout
 from roberta_fast.packing import PackedBatch
 from roberta_fast.parts import LINEARS, LayerParts
@@ -46,8 +47,9 @@ class FastLayer(CopiesHolder):
         p = [dropout_probability(module) for module in dropouts]
         seeds = dropout.new_seeds(len(p), rows.device) if any(p) else None
         copies = copies_of(self, parts) if batch.eight_bits else None
-        if copies and not any(p) and copies.is_whole(rows, batch, parts):
-            return copies.layer(rows, batch, parts)
+        whole = None if any(p) else by_one_call(rows, batch, parts, copies)
+        if whole is not None:
+            return whole
         inverses = copies.inverses if copies else (None, None)
 
         projections = _query_key_value(rows, parts, batch, copies)

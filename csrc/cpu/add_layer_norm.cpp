@@ -9,21 +9,6 @@
 namespace roberta_fast {
 namespace {
 
-template <class Element>
-struct Forward {
-  const Element* x;
-  const Element* residual;  // null where there is none
-  const float* weight;
-  const float* bias;
-  Element* y;
-  float* mean;
-  float* rstd;
-  int64_t stride_x, stride_residual, hidden;
-  double eps;
-  Dropout dropout;
-  const int64_t* dropout_rows;  // the rows' coordinates in dropout, or null where they are 0, 1, 2, ...
-};
-
 struct Backward {
   const float* dy;
   const float* x;
@@ -48,7 +33,7 @@ ALWAYS_INLINE Floats<Isa> pre_norm(const Params& p, int64_t row, int64_t c, int6
 }
 
 template <class Isa, class Element>
-ALWAYS_INLINE void forward_rows(const Forward<Element>& p, int64_t begin, int64_t end) {
+ALWAYS_INLINE void forward_rows(const AddLayerNorm<Element>& p, int64_t begin, int64_t end) {
   constexpr int W = Isa::WIDTH;
   RowBuffer buffer(p.hidden);
   std::vector<uint16_t> draws = draw_buffer<Isa>(p.dropout, p.hidden);
@@ -63,12 +48,11 @@ ALWAYS_INLINE void forward_rows(const Forward<Element>& p, int64_t begin, int64_
       total += z;
     }
     const RowStatistics statistics = normalize_row<Isa>(row_of_z, y, sum(total), p.hidden, p.weight, p.bias, p.eps);
-    p.mean[row] = statistics.mean;
-    p.rstd[row] = statistics.rstd;
+    if (p.mean) p.mean[row] = statistics.mean, p.rstd[row] = statistics.rstd;
   }
 }
-ROBERTA_FAST_KERNEL(forward_rows, Forward<float>)
-ROBERTA_FAST_KERNEL(forward_rows, Forward<at::BFloat16>)
+ROBERTA_FAST_KERNEL(forward_rows, AddLayerNorm<float>)
+ROBERTA_FAST_KERNEL(forward_rows, AddLayerNorm<at::BFloat16>)
 
 // Chunks of rows: which rows share a chunk depends on their number alone, so the sums do not depend on the threads.
 template <class Isa>
@@ -134,19 +118,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& x, cons
   const int64_t n = x.size(0), hidden = x.size(1);
   const at::Tensor scale = as_float(weight), shift = as_float(bias), y = at::empty({n, hidden}, x.options());
   const at::Tensor mean = at::empty({n}, scale.options()), rstd = at::empty({n}, scale.options());
-  const Forward<Element> params{x.const_data_ptr<Element>(),
-                                residual ? residual->const_data_ptr<Element>() : nullptr,
-                                scale.const_data_ptr<float>(),
-                                shift.const_data_ptr<float>(),
-                                y.mutable_data_ptr<Element>(),
-                                mean.mutable_data_ptr<float>(),
-                                rstd.mutable_data_ptr<float>(),
-                                x.stride(0),
-                                residual ? residual->stride(0) : 0,
-                                hidden,
-                                eps,
-                                dropout,
-                                numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr};
+  const AddLayerNorm<Element> params{x.const_data_ptr<Element>(),
+                                     residual ? residual->const_data_ptr<Element>() : nullptr,
+                                     scale.const_data_ptr<float>(),
+                                     shift.const_data_ptr<float>(),
+                                     y.mutable_data_ptr<Element>(),
+                                     mean.mutable_data_ptr<float>(),
+                                     rstd.mutable_data_ptr<float>(),
+                                     x.stride(0),
+                                     residual ? residual->stride(0) : 0,
+                                     hidden,
+                                     eps,
+                                     dropout,
+                                     numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr};
   at::parallel_for(0, real, rows_per_task(hidden), [&](int64_t begin, int64_t end) { forward_rows_for_cpu(params, begin, end); });
   return {y, mean, rstd};
 }
@@ -219,6 +203,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> add_layer_norm_bwd(
 }
 
 }  // namespace
+
+void add_layer_norm_rows(const AddLayerNorm<float>& params, int64_t begin, int64_t end) {
+  forward_rows_for_cpu(params, begin, end);
+}
 
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def(

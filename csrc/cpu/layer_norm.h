@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "simd.h"
+#include "philox.h"
 
 namespace roberta_fast {
 
@@ -45,5 +45,24 @@ struct RowBuffer {
     return memory.data();
   }
 };
+
+// y = LayerNorm(residual + dropout(x)).
+template <class Element>
+struct AddLayerNorm {
+  const Element* x;
+  const Element* residual;  // null where there is none
+  const float* weight;
+  const float* bias;
+  Element* y;
+  float* mean;  // null where nobody asks for it and rstd
+  float* rstd;
+  int64_t stride_x, stride_residual, hidden;
+  double eps;
+  Dropout dropout;
+  const int64_t* dropout_rows;  // the rows' coordinates in dropout, or null where they are 0, 1, 2, ...
+};
+
+// Rows [begin, end), by the calling thread. y may lie where x does.
+void add_layer_norm_rows(const AddLayerNorm<float>& params, int64_t begin, int64_t end);
 
 }  // namespace roberta_fast

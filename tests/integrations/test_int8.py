@@ -29,7 +29,6 @@ from roberta_fast import (
     save_quantized,
 )
 from roberta_fast.demo import embed_all, neighbours, read_sentences, tokenize
-from roberta_fast.int8 import Int8Linears
 from roberta_fast.testing import MASKS, ragged_mask, random_inputs, randomize, tiny_config
 
 pytestmark = pytest.mark.skipif(
@@ -133,20 +132,6 @@ def test_families_and_activations(model_type, activation):
     inputs = random_inputs(MASK, model.config)
     parity = check_parity(accelerate_model(model.eval(), precision="int8", on_unsupported="error"), inputs)
     assert 1e-6 < 1 - parity.cosine < 5e-3
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
-def test_a_layer_by_one_call_has_the_bits_of_its_operations(mask, activation, monkeypatch):
-    model = accelerate_model(tiny(AutoModel.from_config, hidden_act=activation), precision="int8")
-    inputs, calls = random_inputs(mask, model.config), []
-    at_once = Int8Linears.layer
-    monkeypatch.setattr(Int8Linears, "layer", lambda self, *given: calls.append(given) or at_once(self, *given))
-    with torch.inference_mode():
-        whole = model(**inputs).last_hidden_state
-        assert len(calls) == (0 if activation == "relu" else len(model.encoder.layer))
-        monkeypatch.setattr(Int8Linears, "is_whole", lambda *_: False)
-        assert torch.equal(model(**inputs).last_hidden_state, whole)
 
 
 def test_deterministic_holds(stock):
