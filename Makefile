@@ -49,7 +49,7 @@ sanitize: install
 	  --build-lib build/sanitized/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized/lib $(BIN)/pytest -k "not compile" \
-	  tests/test_extension.py tests/test_packing.py tests/ops tests/training/test_pretrain_masking.py \
+	  tests/test_extension.py tests/test_packing.py tests/ops tests/integrations/test_one_call.py tests/training/test_pretrain_masking.py \
 	  tests/training/test_pretrain_blocks.py $(ARGS)
 
 bench: install $(PEERS_STAMP)

@@ -50,27 +50,7 @@ std::vector<Segment> make_segments(const at::Tensor& cu_seqlens_q, const at::Ten
 
 namespace {
 
-// The queries of a head and a segment from first on, a block of them.
-struct Task {
-  const Segment* segment;
-  int64_t head, first;
-};
-
-template <class Element>
-struct Forward {
-  Packed<const Element> query, key, value;
-  Packed<Element> out;
-  float* lse;  // [H, Nq]
-  int64_t rows;
-  Shape shape;
-  const Task* tasks;
-  int64_t last_task, threads;
-  float* scratch;
-};
-
 constexpr int64_t OUT_ROWS = 12;  // queries whose sums, 3 KiB, are still in the nearest cache when they become results
-
-int64_t forward_scratch(int64_t head_dim) { return BLOCK * (BLOCK + 3 * padded(head_dim) + 3); }
 
 // The largest of each lane's scores, or -inf; in four chains, as each comparison waits for the one before.
 template <class Isa>
@@ -121,13 +101,13 @@ ALWAYS_INLINE void drop_lanes(const Shape& shape, const Segment& s, int64_t firs
 
 // The log-sum-exp of queries, and what their sums of weighted values are to be multiplied by.
 template <class Isa, class Element>
-ALWAYS_INLINE void finish_lanes(const Forward<Element>& p, const Segment& s, int64_t first, int64_t queries, int64_t head,
+ALWAYS_INLINE void finish_lanes(const AttentionForward<Element>& p, const Segment& s, int64_t first, int64_t queries, int64_t head,
                                 const float* maximum, const float* weight_sum, float* factors) {
   using Vector = Floats<Isa>;
   for (int64_t q = 0; q < queries; q += Isa::WIDTH) {
     const Vector sum = load<Vector>(weight_sum + q);
     store(factors + q, sum == 0.0f ? Vector{} : p.shape.dropout.scale / sum);
-    store_first(p.lse + head * p.rows + s.query + first + q,
+    if (p.lse) store_first(p.lse + head * p.rows + s.query + first + q,
                 sum == 0.0f ? Vector{} - INFINITY : load<Vector>(maximum + q) + log_positive<Isa>(sum), queries - q);
   }
 }
@@ -152,7 +132,7 @@ ALWAYS_INLINE const float* as_floats(const Element* from, int64_t stride, int64_
 }
 
 template <class Isa, class Element>
-ALWAYS_INLINE void attend(const Forward<Element>& p, int64_t task, int64_t) {
+ALWAYS_INLINE void attend(const AttentionForward<Element>& p, int64_t task, int64_t) {
   using Vector = Floats<Isa>;
   constexpr int W = Isa::WIDTH;
   constexpr bool CONVERTED = !std::is_same_v<Element, float>;
@@ -167,7 +147,7 @@ ALWAYS_INLINE void attend(const Forward<Element>& p, int64_t task, int64_t) {
   float* weight_sum = maximum + BLOCK;
   float* factors = weight_sum + BLOCK;
   const int64_t most_keys = visible_keys(p.shape, s, first + queries - 1);
-  const Task& next = p.tasks[std::min(task + p.threads, p.last_task)];
+  const AttentionTask& next = p.tasks[std::min(task + p.threads, p.last_task)];
   prefetch_rows(p.key.at(s.key, head), p.key.stride_row, std::min(BLOCK, most_keys), head_dim);
   transpose_scaled<Isa>(p.query.at(s.query + first, head), p.query.stride_row, queries, head_dim, p.shape.scale, query_t, BLOCK);
   for (int64_t v = 0; v < lanes; ++v) {
@@ -220,21 +200,19 @@ ALWAYS_INLINE void attend(const Forward<Element>& p, int64_t task, int64_t) {
   for (int64_t r = 0; r < queries; ++r)
     for (int64_t d = 0; d < head_dim; d += W) store_first(p.out.at(s.query + first + r, head) + d, Vector{}, head_dim - d);
 }
-ROBERTA_FAST_KERNEL(attend, Forward<float>)
-ROBERTA_FAST_KERNEL(attend, Forward<at::BFloat16>)
+ROBERTA_FAST_KERNEL(attend, AttentionForward<float>)
+ROBERTA_FAST_KERNEL(attend, AttentionForward<at::BFloat16>)
 
 template <class Element>
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                            const std::vector<Segment>& segments, float scale, bool causal,
                                            const Dropout& dropout) {
   const int64_t rows = query.size(0), heads = query.size(1), head_dim = query.size(2);
-  // Blocks of one head follow each other, while its keys and values lie in cache.
-  std::vector<Task> tasks;
+  std::vector<AttentionTask> tasks;
   int64_t covered = 0;
   for (const Segment& s : segments) {
     covered = std::max(covered, s.query + s.queries);
-    for (int64_t head = 0; head < heads; ++head)
-      for (int64_t first = 0; first < s.queries; first += BLOCK) tasks.push_back({&s, head, first});
+    add_tasks(s, heads, tasks);
   }
   const at::Tensor q = with_unit_stride(query), k = with_unit_stride(key), v = with_unit_stride(value);
   at::Tensor out = at::empty({rows, heads, head_dim}, query.options()),
@@ -244,7 +222,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Te
     out.narrow(0, covered, rows - covered).zero_();
     lse.narrow(1, covered, rows - covered).fill_(-INFINITY);
   }
-  const Forward<Element> params{packed<Element>(q),
+  const AttentionForward<Element> params{packed<Element>(q),
                                 packed<Element>(k),
                                 packed<Element>(v),
                                 packed_output<Element>(out),
@@ -255,8 +233,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Te
                                 static_cast<int64_t>(tasks.size()) - 1,
                                 at::get_num_threads(),
                                 nullptr};
-  for_each_task(static_cast<int64_t>(tasks.size()), forward_scratch(head_dim), [&](int64_t task, float* scratch) {
-    Forward<Element> mine = params;
+  for_each_task(static_cast<int64_t>(tasks.size()), attention_scratch(head_dim), [&](int64_t task, float* scratch) {
+    AttentionForward<Element> mine = params;
     mine.scratch = scratch;
     attend_for_cpu(mine, task, task + 1);
   });
@@ -275,6 +253,10 @@ std::tuple<at::Tensor, at::Tensor> attention_fwd(const at::Tensor& query, const 
 }
 
 }  // namespace
+
+void attend_blocks(const AttentionForward<float>& params, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) attend_for_cpu(params, task, task + 1);
+}
 
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def(

@@ -55,10 +55,40 @@ ALWAYS_INLINE int64_t visible_keys(const Shape& shape, const Segment& s, int64_t
 std::vector<Segment> make_segments(const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                                    const std::optional<at::Tensor>& query_only, int64_t rows_q, int64_t rows_k);
 
+// The queries of a head and a segment from first on, a block of them.
+struct AttentionTask {
+  const Segment* segment;
+  int64_t head, first;
+};
+
+// Adds those of a segment. Blocks of one head follow each other, while its keys and values lie in cache.
+inline void add_tasks(const Segment& segment, int64_t heads, std::vector<AttentionTask>& tasks) {
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t first = 0; first < segment.queries; first += BLOCK) tasks.push_back({&segment, head, first});
+}
+
+template <class Element>
+struct AttentionForward {
+  Packed<const Element> query, key, value;
+  Packed<Element> out;
+  float* lse;  // [H, Nq] or null
+  int64_t rows;
+  Shape shape;
+  const AttentionTask* tasks;
+  int64_t last_task, threads;
+  float* scratch;
+};
+
+// Tasks [begin, end), one after the other, by the calling thread.
+void attend_blocks(const AttentionForward<float>& params, int64_t begin, int64_t end);
+
 void check_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value);
 
 // A head's width in whole vectors of any instruction set.
 inline int64_t padded(int64_t head_dim) { return (head_dim + Avx512::WIDTH - 1) / Avx512::WIDTH * Avx512::WIDTH; }
+
+// Floats of scratch of a thread.
+inline int64_t attention_scratch(int64_t head_dim) { return BLOCK * (BLOCK + 3 * padded(head_dim) + 3); }
 
 // Hides from the queries first_query + lane (lanes of one vector) the key of this number: -inf where it is too late for them.
 template <class Isa>

@@ -13,28 +13,36 @@ namespace {
 
 constexpr int64_t HIDDEN = 48;  // most rows of a task: at 3,072 columns between the products 576 KiB, for the second cache
 
-// Calls task(begin, end, hidden, scratch) for blocks of the rows; hidden: room for a block between the products, and behind them.
-template <class Task>
-void for_row_blocks(int64_t rows, const Int8Linear& first, const Int8Linear& second, int64_t more_groups, int64_t more_floats,
-                    const Task& task) {
-  const int64_t threads = at::get_num_threads(), most = (rows + HIDDEN - 1) / HIDDEN;
-  const int64_t blocks = (most + threads - 1) / threads * threads;
-  const int64_t scratch = int8_scratch(std::max({first.groups, second.groups, more_groups})), panels = first.panels();
-  const int64_t between = HIDDEN * std::max(panels * PANEL, second.columns);
-  for_each_task(blocks, scratch + between + more_floats, [&](int64_t block, float* memory) {
-    task(rows * block / blocks, rows * (block + 1) / blocks, memory + scratch, memory);
-  });
+// n rows, so far from each other, times a weight, to y by that layout. after: the panel that is wanted next.
+void multiply_all(Int8Linear p, const float* x, const Layout& of_x, int64_t n, float* y, const Layout& of_y, float* memory,
+                  const int32_t* after) {
+  p.x = x, p.of_x = of_x, p.y = y, p.of_y = of_y;
+  const Int8Scratch scratch = Int8Scratch::in(memory, p.groups, HIDDEN);
+  quantize_int8(p, 0, n, scratch);
+  multiply_int8(p, 0, n, 0, p.panels(), scratch, after);
 }
 
-// n rows of x, so far from each other, through both products to y. What lies between is wide, and lies by panels: whole rows of
-// 3,072 floats would all fall to the same lines of the nearest cache.
-void feed_forward_rows(Int8Linear first, Int8Linear second, const float* x, int64_t stride, int64_t n, float* hidden, float* y,
-                       float* scratch, const int32_t* after) {
+// Rows that lie one behind the other, or so far apart.
+Layout by_rows(int64_t stride) { return {ROTATED, ROTATED, stride}; }
+
+// Both products of n rows of x. What lies between is wide, and lies by panels: whole rows of 3,072 floats would all fall to the
+// same lines of the nearest cache.
+void feed_forward_rows(const Int8Linear& first, const Int8Linear& second, const float* x, int64_t stride, int64_t n,
+                       float* hidden, float* y, float* memory, const int32_t* after) {
   const Layout by_panels{PANEL, n * PANEL, PANEL};
-  first.x = x, first.of_x = {BLOCK, BLOCK, stride}, first.y = hidden, first.of_y = by_panels;
-  second.x = hidden, second.of_x = by_panels, second.y = y;
-  multiply_int8(first, 0, n, 0, first.panels(), scratch, second.packed);
-  multiply_int8(second, 0, n, 0, second.panels(), scratch, after);
+  multiply_all(first, x, by_rows(stride), n, hidden, by_panels, memory, second.packed);
+  multiply_all(second, hidden, by_panels, n, y, by_rows(second.columns), memory, after);
+}
+
+// Calls task(begin, end, hidden, memory) for blocks of the rows. hidden: room for a block between the products, or behind them;
+// memory: for products of rows of as many groups, and more behind hidden.
+template <class Task>
+void for_row_blocks(int64_t rows, int64_t groups, int64_t hidden, int64_t more, const Task& task) {
+  const int64_t threads = at::get_num_threads(), most = (rows + HIDDEN - 1) / HIDDEN;
+  const int64_t blocks = (most + threads - 1) / threads * threads, products = Int8Scratch::floats(groups, HIDDEN);
+  for_each_task(blocks, products + hidden + more, [&](int64_t block, float* memory) {
+    task(rows * block / blocks, rows * (block + 1) / blocks, memory + products, memory);
+  });
 }
 
 at::Tensor int8_feed_forward_fwd(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& offset,
@@ -53,9 +61,11 @@ at::Tensor int8_feed_forward_fwd(const at::Tensor& x, const at::Tensor& packed, 
   const Int8Linear& p = first.params;
   Int8Linear& q = second.params;
   q.far = is_far(y);
-  for_row_blocks(real, p, q, 0, 0, [&](int64_t begin, int64_t end, float* hidden, float* scratch) {
-    feed_forward_rows(p, q, from + begin * stride, stride, end - begin, hidden, to + begin * q.columns, scratch, p.packed);
-  });
+  for_row_blocks(real, std::max(p.groups, q.groups), HIDDEN * p.panels() * PANEL, 0,
+                 [&](int64_t begin, int64_t end, float* hidden, float* memory) {
+                   feed_forward_rows(p, q, from + begin * stride, stride, end - begin, hidden, to + begin * q.columns, memory,
+                                     p.packed);
+                 });
   return y;
 }
 
@@ -98,17 +108,16 @@ at::Tensor int8_behind_attention(const at::Tensor& context, const at::Tensor& re
   const bool far = is_far(y);
   const float *const from = context.const_data_ptr<float>(), *const added = residual.const_data_ptr<float>();
   float* const to = y.mutable_data_ptr<float>();
-  const Int8Linear &p = first.params, &q = second.params;
-  const int64_t between = HIDDEN * columns;
-  for_row_blocks(n, p, q, output.params.groups, between, [&](int64_t begin, int64_t end, float* hidden, float* scratch) {
+  const Int8Linear &o = output.params, &p = first.params, &q = second.params;
+  const int64_t between = HIDDEN * std::max(p.panels() * PANEL, columns);
+  const int64_t groups = std::max({o.groups, p.groups, q.groups});
+  for_row_blocks(n, groups, between, HIDDEN * columns, [&](int64_t begin, int64_t end, float* hidden, float* memory) {
     const int64_t rows = end - begin;
-    float* const attended = hidden + HIDDEN * std::max(p.panels() * PANEL, columns);
-    Int8Linear o = output.params;
-    o.x = from + begin * wide, o.of_x = {BLOCK, BLOCK, wide}, o.y = attended;
-    multiply_int8(o, 0, rows, 0, o.panels(), scratch, p.packed);
+    float* const attended = hidden + between;
+    multiply_all(o, from + begin * wide, by_rows(wide), rows, attended, by_rows(columns), memory, p.packed);
     behind_attention.apply(attended, added + begin * stride, stride, rows);
     // What comes out lies where it was between the products: that has been read by then.
-    feed_forward_rows(p, q, attended, columns, rows, hidden, hidden, scratch, o.packed);
+    feed_forward_rows(p, q, attended, columns, rows, hidden, hidden, memory, o.packed);
     behind_output.apply(hidden, attended, columns, rows);
     if (far) {
       stream(hidden, to + begin * columns, rows * columns);

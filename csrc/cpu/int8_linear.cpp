@@ -37,19 +37,6 @@ constexpr int64_t FAR = 8 << 20;  // bytes of y from which on it is written past
 
 using Modular = Words<Avx512>;  // for sums that may wrap around before the offset is taken off again
 
-struct Scratch {
-  int32_t* sums;   // [SUMS, PANEL]
-  int32_t* x;      // [ROWS, groups]: four shifted bytes each
-  float* scale;    // [ROWS]
-  float* rotated;  // [4 * groups]: a row
-
-  static Scratch in(float* memory, int64_t groups) {
-    int32_t* const sums = reinterpret_cast<int32_t*>(memory);
-    float* const scale = memory + SUMS * PANEL + ROWS * groups;
-    return {sums, sums + SUMS * PANEL, scale, scale + ROWS};
-  }
-};
-
 // sum + x . weights, of four unsigned by four signed bytes in each lane.
 TARGET_VNNI ALWAYS_INLINE Integers dot(const Integers& sum, const Integers& x, const Integers& weights) {
   return reinterpret_cast<Integers>(
@@ -89,7 +76,7 @@ TARGET_VNNI ALWAYS_INLINE Vector activated(const Vector& v) {
 
 // Sums to y, for the rows from first on and all of a panel's columns: whole vectors, in the order in which they lie.
 template <Activation ACTIVATION, bool FAR_AWAY, int... V>
-TARGET_VNNI ALWAYS_INLINE void finish_panel(const Int8Linear& p, const Scratch& s, int64_t first, int64_t row, int64_t rows,
+TARGET_VNNI ALWAYS_INLINE void finish_panel(const Int8Linear& p, const Int8Scratch& s, int64_t first, int64_t row, int64_t rows,
                                             int64_t column, std::integer_sequence<int, V...>) {
   const Modular offset[] = {load<Modular>(p.offset + column + V * 16)...};
   const Vector scale[] = {load<Vector>(p.scale + column + V * 16)...};
@@ -107,7 +94,7 @@ TARGET_VNNI ALWAYS_INLINE void finish_panel(const Int8Linear& p, const Scratch& 
 
 // The same for a panel with fewer columns.
 template <Activation ACTIVATION>
-TARGET_VNNI ALWAYS_INLINE void finish_rest(const Int8Linear& p, const Scratch& s, int64_t first, int64_t row, int64_t rows,
+TARGET_VNNI ALWAYS_INLINE void finish_rest(const Int8Linear& p, const Int8Scratch& s, int64_t first, int64_t row, int64_t rows,
                                            int64_t column) {
   for (int64_t c = column; c < p.columns; c += 16) {
     const int64_t n = p.columns - c;
@@ -124,34 +111,12 @@ TARGET_VNNI ALWAYS_INLINE void finish_rest(const Int8Linear& p, const Scratch& s
 }
 
 template <Activation ACTIVATION>
-TARGET_VNNI void finish(const Int8Linear& p, const Scratch& s, int64_t first, int64_t row, int64_t rows, int64_t column) {
+TARGET_VNNI void finish(const Int8Linear& p, const Int8Scratch& s, int64_t first, int64_t row, int64_t rows, int64_t column) {
   if (column + PANEL > p.columns) return finish_rest<ACTIVATION>(p, s, first, row, rows, column);
   constexpr auto vectors = std::make_integer_sequence<int, PANEL / 16>();
   if constexpr (ACTIVATION == Activation::none)
     if (p.far) return finish_panel<ACTIVATION, true>(p, s, first, row, rows, column, vectors);
   finish_panel<ACTIVATION, false>(p, s, first, row, rows, column, vectors);
-}
-
-TARGET_VNNI void multiply_rows(const Int8Linear& p, int64_t begin, int64_t end, int64_t first, int64_t last, const Scratch& s,
-                               const int32_t* after) {
-  for (int64_t r = 0; r < end - begin; ++r)
-    s.scale[r] = quantize_row(p.x + p.of_x.at(begin + r, 0), p.of_x.block, p.depth, p.groups, s.x + r * p.groups, s.rotated);
-  const int64_t step = PANEL * TILE_ROWS / (end - begin + TILE_ROWS - 1);  // a panel, shared among the tiles
-  for (int64_t column = first * PANEL; column < last * PANEL; column += PANEL) {
-    const int32_t *const panel = p.packed + column * p.groups, *later = panel + PANEL * p.groups;
-    if (column + PANEL == last * PANEL) later = after;
-    for (int64_t row = 0; row < end - begin; row += SUMS) {
-      const int64_t rows = std::min(SUMS, end - begin - row);
-      for (int64_t r = 0; r < rows; r += TILE_ROWS, later += step * p.groups)
-        TILES[std::min(TILE_ROWS, rows - r)](s.x + (row + r) * p.groups, panel, s.sums + r * PANEL, p.groups, later, step);
-      switch (p.activation) {
-        case Activation::none: finish<Activation::none>(p, s, begin, row, rows, column); break;
-        case Activation::gelu_erf: finish<Activation::gelu_erf>(p, s, begin, row, rows, column); break;
-        case Activation::gelu_tanh: finish<Activation::gelu_tanh>(p, s, begin, row, rows, column);
-      }
-    }
-  }
-  if (p.far) _mm_sfence();  // other threads may read y
 }
 
 at::Tensor int8_linear_fwd(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& offset,
@@ -191,11 +156,29 @@ Int8Weight::Int8Weight(const at::Tensor& packed, const at::Tensor& scales, const
             .activation = activation};
 }
 
-int64_t int8_scratch(int64_t groups) { return SUMS * PANEL + ROWS * (groups + 1) + 4 * groups + 16; }
+TARGET_VNNI void quantize_int8(const Int8Linear& p, int64_t begin, int64_t end, const Int8Scratch& s) {
+  for (int64_t r = 0; r < end - begin; ++r)
+    s.scale[r] = quantize_row(p.x + p.of_x.at(begin + r, 0), p.of_x.block, p.depth, p.groups, s.x + r * p.groups, s.rotated);
+}
 
-void multiply_int8(const Int8Linear& p, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch,
-                   const int32_t* after) {
-  multiply_rows(p, begin, end, first, last, Scratch::in(scratch, p.groups), after);
+TARGET_VNNI void multiply_int8(const Int8Linear& p, int64_t begin, int64_t end, int64_t first, int64_t last, const Int8Scratch& s,
+                               const int32_t* after) {
+  const int64_t step = PANEL * TILE_ROWS / (end - begin + TILE_ROWS - 1);  // a panel, shared among the tiles
+  for (int64_t column = first * PANEL; column < last * PANEL; column += PANEL) {
+    const int32_t *const panel = p.packed + column * p.groups, *later = panel + PANEL * p.groups;
+    if (column + PANEL == last * PANEL) later = after;
+    for (int64_t row = 0; row < end - begin; row += SUMS) {
+      const int64_t rows = std::min(SUMS, end - begin - row);
+      for (int64_t r = 0; r < rows; r += TILE_ROWS, later += step * p.groups)
+        TILES[std::min(TILE_ROWS, rows - r)](s.x + (row + r) * p.groups, panel, s.sums + r * PANEL, p.groups, later, step);
+      switch (p.activation) {
+        case Activation::none: finish<Activation::none>(p, s, begin, row, rows, column); break;
+        case Activation::gelu_erf: finish<Activation::gelu_erf>(p, s, begin, row, rows, column); break;
+        case Activation::gelu_tanh: finish<Activation::gelu_tanh>(p, s, begin, row, rows, column);
+      }
+    }
+  }
+  if (p.far) _mm_sfence();  // other threads may read y
 }
 
 bool is_far(const at::Tensor& y) {
@@ -212,18 +195,20 @@ at::Tensor int8_linear(const at::Tensor& x, Int8Weight& weight, int64_t real, st
   const bool apart = heads && width % 16 == 0;
   const at::Tensor rows = with_unit_stride(x);
   const at::Tensor y = apart ? at::empty({*heads, n, width}, x.options()) : at::empty({n, p.columns}, x.options());
-  p.x = rows.const_data_ptr<float>(), p.of_x = {BLOCK, BLOCK, rows.stride(0)}, p.y = y.mutable_data_ptr<float>();
+  p.x = rows.const_data_ptr<float>(), p.of_x = {ROTATED, ROTATED, rows.stride(0)}, p.y = y.mutable_data_ptr<float>();
   if (apart) p.of_y = {width, n * width, width};
   p.far = is_far(y);
   // Threads share the rows, or the columns where there are few rows. The sums are exact, so how does not matter.
   const int64_t threads = at::get_num_threads(), most = (real + ROWS - 1) / ROWS, panels = p.panels();
   const int64_t blocks = real >= rows_to_share() ? (most + threads - 1) / threads * threads : most;
   const int64_t shares = blocks ? std::min((threads + blocks - 1) / blocks, panels) : 0;
-  for_each_task(blocks * shares, int8_scratch(p.groups), [&](int64_t task, float* scratch) {
+  for_each_task(blocks * shares, Int8Scratch::floats(p.groups, ROWS), [&](int64_t task, float* memory) {
     const int64_t block = task / shares, share = task % shares;
+    const int64_t begin = real * block / blocks, end = real * (block + 1) / blocks;
     const int64_t first = panels * share / shares, last = panels * (share + 1) / shares;
-    multiply_int8(p, real * block / blocks, real * (block + 1) / blocks, first, last, scratch,
-                  p.packed + first * PANEL * p.groups);
+    const Int8Scratch scratch = Int8Scratch::in(memory, p.groups, ROWS);
+    quantize_int8(p, begin, end, scratch);
+    multiply_int8(p, begin, end, first, last, scratch, p.packed + first * PANEL * p.groups);
   });
   return heads && !apart ? y.view({n, *heads, width}).transpose(0, 1).contiguous() : y;
 }

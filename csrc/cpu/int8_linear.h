@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "attention.h"
 #include "int8_rows.h"
 #include "linear.h"
 
@@ -28,11 +29,18 @@ struct Int8Linear {
   const int32_t* offset;  // [columns]
   const float* bias;      // [columns] or null
   float* y;
-  Layout of_x, of_y;  // blocks of BLOCK columns of x, of whole vectors of y
+  Layout of_x, of_y;  // blocks of ROTATED columns of x, of whole vectors of y
   int64_t columns, depth, groups;
   Activation activation;
   bool far = false;  // y is written past the caches; only without a GELU
 
+  // The same with these columns alone, whole panels.
+  Int8Linear part(int64_t first, int64_t count) const {
+    Int8Linear p = *this;
+    p.packed += first * groups, p.scale += first, p.offset += first, p.columns = count;
+    if (bias) p.bias += first;
+    return p;
+  }
   int64_t panels() const { return (columns + PANEL - 1) / PANEL; }
 };
 
@@ -45,12 +53,27 @@ struct Int8Weight {
              int64_t depth, Activation activation);
 };
 
-// Floats of a thread's scratch for products of rows of as many groups.
-int64_t int8_scratch(int64_t groups);
+// A thread's memory for products: its rows of x as bytes, for all the panels that it passes over.
+struct Int8Scratch {
+  int32_t* sums;   // [SUMS, PANEL]
+  int32_t* x;      // [rows, groups]: four shifted bytes each
+  float* scale;    // [rows]
+  float* rotated;  // [4 * groups]: a row
 
-// Rows [begin, end) of y, at most ROWS, and its panels [first, last). All rows of x are read before any of y is written, so that
-// y may lie where x does. after: the panel that is wanted next.
-void multiply_int8(const Int8Linear& p, int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch,
+  static int64_t floats(int64_t groups, int64_t rows) { return SUMS * PANEL + rows * (groups + 1) + 4 * groups + 16; }
+  static Int8Scratch in(float* memory, int64_t groups, int64_t rows) {
+    int32_t* const sums = reinterpret_cast<int32_t*>(memory);
+    float* const scale = memory + SUMS * PANEL + rows * groups;
+    return {sums, sums + SUMS * PANEL, scale, scale + rows};
+  }
+};
+
+// Rows [begin, end) of x into scratch.
+void quantize_int8(const Int8Linear& p, int64_t begin, int64_t end, const Int8Scratch& scratch);
+
+// Rows [begin, end) of y by those of x in scratch; panels [first, last). after: the panel that is wanted next. Nothing reads x
+// any more, so that y may lie there.
+void multiply_int8(const Int8Linear& p, int64_t begin, int64_t end, int64_t first, int64_t last, const Int8Scratch& scratch,
                    const int32_t* after);
 
 // y = act(x W^T + b) for a packed x [n, k], of which as many rows are real.
@@ -62,6 +85,14 @@ bool is_far(const at::Tensor& y);
 
 // Rows from which on threads get rows of their own, not columns.
 int64_t rows_to_share();
+
+// Whether int8_attention serves: heads must be whole vectors and fill panels, and segments fit a cache.
+bool attends_by_tasks(int64_t heads, int64_t head_dim, const std::vector<Segment>& segments);
+
+// The attention [n, heads * d] of packed rows x [n, k] over their projections to query, key and value, which never leave the
+// cache of the thread that made them.
+at::Tensor int8_attention(const at::Tensor& x, const Int8Weight& projections, const std::vector<Segment>& segments, int64_t heads,
+                          float scale);
 
 // What a layer does behind its attention, context [n, k] to rows [n, c], by tasks of whole rows, n at least rows_to_share():
 // r = LayerNorm(residual + x W_o^T + b_o), then LayerNorm(r + GELU(r W_1^T + b_1) W_2^T + b_2).

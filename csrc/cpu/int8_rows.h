@@ -12,7 +12,7 @@
 
 namespace roberta_fast {
 
-constexpr int64_t BLOCK = 64;      // terms that are rotated together
+constexpr int64_t ROTATED = 64;    // terms that are rotated together
 constexpr float WHOLE = 0x1.8p23;  // added to a small float, it leaves the nearest integer in the lowest bits
 constexpr float LEAST = 0x1p-119;  // rows of smaller values count as zeros: 127 / LEAST is still finite
 
@@ -49,12 +49,12 @@ TARGET_VNNI ALWAYS_INLINE void rotate_block(const float* x, float* to, Integers&
   }
 }
 
-// The same for the n < BLOCK terms behind the last block, in blocks of the powers of two that make up n; zeros fill a vector.
+// The same for the n < ROTATED terms behind the last block, in blocks of the powers of two that make up n; zeros fill a vector.
 TARGET_VNNI inline void rotate_rest(const float* x, int64_t n, float* to, Integers& most) {
   for (int64_t i = n; i % 16; ++i) to[i] = 0.0f;
   float* const first = to;
   std::copy(x, x + n, to);
-  for (int64_t size = BLOCK / 2; size > 0; size /= 2) {
+  for (int64_t size = ROTATED / 2; size > 0; size /= 2) {
     if (!(n & size)) continue;
     for (int64_t half = 1; half < size; half *= 2)
       for (int64_t i = 0; i < size; ++i)
@@ -83,19 +83,19 @@ TARGET_VNNI ALWAYS_INLINE Integers bytes_of(const float* x, float factor) {
 }
 
 // A row, rotated, as bytes around 128, the unit of which it returns; not a number where the row holds what no byte can stand for.
-// Its blocks of BLOCK terms lie so many floats from each other.
+// Its blocks of ROTATED terms lie so many floats from each other.
 TARGET_VNNI ALWAYS_INLINE float quantize_row(const float* row, int64_t block, int64_t depth, int64_t groups, int32_t* to,
                                              float* x) {
   Integers most = {};
   int64_t k = 0;
-  for (; k + BLOCK <= depth; k += BLOCK, row += block) rotate_block(row, x + k, most);
+  for (; k + ROTATED <= depth; k += ROTATED, row += block) rotate_block(row, x + k, most);
   if (k < depth) rotate_rest(row, depth - k, x + k, most);
   int32_t bits = 0;
   for (int lane = 0; lane < 16; ++lane) bits = std::max(bits, most[lane]);
   const float largest = bits_as<float>(bits);
   const float factor = largest >= 8 * LEAST ? 127.0f / largest : 0.0f;
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(to);
-  for (k = 0; k + BLOCK <= depth; k += BLOCK) store(bytes + k, bytes_of(x + k, factor));
+  for (k = 0; k + ROTATED <= depth; k += ROTATED) store(bytes + k, bytes_of(x + k, factor));
   for (; k < depth; k += 16) {
     const Vector whole = rounded(load<Vector>(x + k) * factor) + WHOLE;
     const Integers around_128 = bits_as<Integers>(whole) - (bits_as<int32_t>(WHOLE) - 128);

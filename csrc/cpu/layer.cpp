@@ -88,9 +88,16 @@ at::Tensor int8_layer_fwd(const at::Tensor& x, const at::Tensor& cu_seqlens, con
   const at::Tensor rows = with_unit_stride(x);
   Int8Weight projections = weight(0, x.size(1)), output = weight(1, projections.params.columns / 3);
   Int8Weight first = weight(2, output.params.columns, gelu_named(gelu)), second = weight(3, first.params.columns);
-  const at::Tensor projected = int8_linear(rows, projections, n, 3 * heads);
-  const auto part = [&](int64_t i) { return projected.narrow(0, i * heads, heads).transpose(0, 1); };
-  const at::Tensor context = attention(part(0), part(1), part(2), cu_seqlens, query_only, scale);
+  const int64_t head_dim = projections.params.columns / 3 / heads;
+  const std::vector<Segment> segments = make_segments(cu_seqlens, cu_seqlens, query_only, n, n);
+  at::Tensor context;
+  if (n >= rows_to_share() && attends_by_tasks(heads, head_dim, segments)) {
+    context = int8_attention(rows, projections, segments, heads, static_cast<float>(scale));
+  } else {
+    const at::Tensor projected = int8_linear(rows, projections, n, 3 * heads);
+    const auto part = [&](int64_t i) { return projected.narrow(0, i * heads, heads).transpose(0, 1); };
+    context = attention(part(0), part(1), part(2), cu_seqlens, query_only, scale);
+  }
   if (n >= rows_to_share()) return int8_behind_attention(context, rows, output, first, second, norms, attention_eps, output_eps);
   const Norms of_layer{norms, {attention_eps, output_eps}};
   const at::Tensor attended = add_layer_norm(int8_linear(context, output, n), rows, of_layer, 0);

@@ -10,7 +10,11 @@ from roberta_fast.testing import MASKS, ragged_mask, random_inputs, randomize, t
 
 pytestmark = pytest.mark.skipif(dispatch.load_cpp() is not None, reason=str(dispatch.load_cpp()))
 MASK = MASKS["right padding"]
-MANY = {"enough rows for tasks": ragged_mask([70, 3, 120, 9]), "no tokens": torch.zeros(2, 4, dtype=torch.int64)}
+MANY = {
+    "enough rows for tasks": ragged_mask([70, 3, 120, 9]),
+    "left padding for tasks": ragged_mask([70, 3, 0, 120, 9, 100]).flip(1),
+    "no tokens": torch.zeros(2, 4, dtype=torch.int64),
+}
 
 
 def has_int8():
@@ -76,6 +80,23 @@ def test_families(kind, model_type, calls, monkeypatch):
     assert is_by_one_call(calls)
     monkeypatch.setattr(layer, "by_one_call", lambda *_: None)
     assert torch.equal(hidden_states(model, inputs), found)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 128])  # panels have 64 columns: some of them fill one, some do not
+@pytest.mark.parametrize("heads", [2, 3, 4])
+def test_heads_of_any_width_in_8_bits(head_dim, heads, calls, monkeypatch):
+    if not has_int8():
+        pytest.skip("this processor has no AVX-512 VNNI")
+    sizes = {"hidden_size": heads * head_dim, "num_attention_heads": heads, "max_position_embeddings": 610}
+    model = build(({"precision": "int8"}, torch.float32), **sizes)()
+    many = MANY["left padding for tasks"]
+    for mask in (many, ragged_mask([520, 7]), ragged_mask([300, 260, 1])):  # 520 tokens are more than a task takes
+        inputs = random_inputs(mask, model.config)
+        with monkeypatch.context() as patch:
+            found = hidden_states(model, inputs)
+            assert is_by_one_call(calls)
+            patch.setattr(layer, "by_one_call", lambda *_: None)
+            assert torch.equal(hidden_states(model, inputs), found)
 
 
 @pytest.mark.parametrize("hidden", [256, 260])  # whole vectors that are written past the caches, and others
