@@ -51,18 +51,22 @@ class Ner(FineTuning):
         found = {tag for table in self.tagged.values() for tags in table.column(self.tag_column) for tag in tags}
         prefixed = set(filter(_ENTITY_TAG.fullmatch, found))
         self.has_entities = found == prefixed
+        reason = "the tag {!r} is neither O nor B-TYPE or I-TYPE, as others are"
         if "O" in found and len(found) / 2 < len(prefixed) < len(found):
-            self._refuse_tags(found - prefixed)
+            self._refuse_tags(found - prefixed, reason)
+        small = {tag for tag in found - prefixed if _ENTITY_TAG.fullmatch(tag[:2].upper() + tag[2:])}
+        if small and found == prefixed | small and {"O", "o"} & found:  # among other plain tags one may look so
+            self._refuse_tags(small, "the tag {!r} begins in lower case: entities are B-TYPE, I-TYPE and O")
         self._decide_labels()
         self.tags = {split: self._ids_of(table) for split, table in self.tagged.items()}
         self.windows = {}
 
-    def _refuse_tags(self, odd):
+    def _refuse_tags(self, odd, reason):
         for table in self.tagged.values():
             for row, tags in enumerate(table.column(self.tag_column)):
                 for place, tag in enumerate(tags):
                     if tag in odd:
-                        raise self._error(table, row, place, f"the tag {tag!r} is neither O nor B-TYPE or I-TYPE, as others are")
+                        raise self._error(table, row, place, reason.format(tag))
 
     def _refuse_running_text(self, table):
         """Raises DataError where the last words of lines would be taken for their tags."""

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
@@ -120,7 +121,24 @@ class QuestionAnswering(FineTuning):
         if self._split_of(table) != "test" or any(answers["text"] for answers in table.column("answers")):
             spans = [self._span(window, table.column("answers")[window.example]) for window in windows]
             columns["start_positions"], columns["end_positions"] = zip(*spans, strict=True)
+            if self._split_of(table) == "train":
+                self._check_reach(table, windows, spans)
         return Dataset.from_dict(columns)
+
+    def _check_reach(self, table, windows, spans):
+        """Warns of answers that are whole in no window, and so are trained as if there were none. Raises where all are."""
+        asked = [row for row, answers in enumerate(table.column("answers")) if answers["text"]]
+        reached = {w.example for w, (start, _) in zip(windows, spans, strict=True) if start != w.cls_index}
+        lost = [row for row in asked if row not in reached]
+        if lost:
+            given = self.data_args
+            reason = (
+                f"{len(lost)} of {len(asked)} answers are whole in no window of --max_seq_length {given.max_seq_length} that "
+                f"overlap by --doc_stride {given.doc_stride}, this one first"
+            )
+            if len(lost) == len(asked):
+                raise table.error(lost[0], reason)
+            warnings.warn(f"{table.error(lost[0], reason)}: such questions are trained as if they had none", stacklevel=2)
 
     def _span(self, window, answers):
         if not answers["text"]:

@@ -192,6 +192,12 @@ def test_rows_that_do_not_fit(row, message, tmp_path, tiny_checkpoint):
         task_of(jsonl_file(tmp_path / "a.jsonl", [{"tokens": ["a"], "tags": ["O"]}, row]), tiny_checkpoint)
 
 
+@pytest.mark.parametrize(("tags", "odd"), [(["b-per", "i-per", "O"], "b-per"), (["B-PER", "o", "o"], "o")])
+def test_tags_in_lower_case_are_no_plain_tags(tags, odd, tmp_path, tiny_checkpoint):
+    with pytest.raises(DataError, match=rf"line 1: token \d: the tag '{odd}' (begins in lower case|is neither O nor B-TYPE)"):
+        task_of(jsonl_file(tmp_path / "a.jsonl", [{"tokens": ["a", "b", "c"], "tags": tags}]), tiny_checkpoint)
+
+
 def test_real_files_are_read_whole(shared_data):
     from roberta_fast.training.data import read_conll
 

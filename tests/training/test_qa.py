@@ -179,6 +179,22 @@ def test_a_model_without_a_head_is_not_evaluated(tmp_path, tiny_checkpoint):
         run(tmp_path, tiny_checkpoint, None, questions(tmp_path / "dev.json", 2))
 
 
+def test_answers_longer_than_a_window_are_told_of(tmp_path, tiny_checkpoint):
+    context = "Oslo lies by the sea. " * 12
+    long = {"answer_start": [0], "text": [context.strip()]}
+    short = {"answer_start": [0], "text": ["Oslo"]}
+    rows = [{"id": str(i), "question": "where?", "context": context, "answers": a} for i, a in enumerate([short, long])]
+    for chosen, expectation in (
+        (rows, pytest.warns(UserWarning, match="line 2: 1 of 2 answers are whole in no window of --max_seq_length 40")),
+        (rows[1:], pytest.raises(DataError, match="line 1: 1 of 1 answers are whole in no window")),
+    ):
+        data = QaArguments(train_file=jsonl_file(tmp_path / "a.jsonl", chosen), max_seq_length=40, doc_stride=8)
+        arguments = FineTuningArguments(output_dir=str(tmp_path / "out"), report_to="none")
+        task = QuestionAnswering(ModelArguments(model_name_or_path=tiny_checkpoint), data, arguments)
+        with expectation:
+            task.encode(task.tables["train"])
+
+
 def test_a_question_that_leaves_no_room(tmp_path, tiny_checkpoint):
     row = {"question": "who " * 60, "context": "in Oslo", "answers": {"text": ["Oslo"], "answer_start": [3]}}
     with pytest.raises(DataError, match="text 0: a first text of"):
