@@ -60,7 +60,8 @@ struct Int8Scratch {
   float* scale;    // [rows]
   float* rotated;  // [4 * groups]: a row
 
-  static int64_t floats(int64_t groups, int64_t rows) { return SUMS * PANEL + rows * (groups + 1) + 4 * groups + 16; }
+  // Whole lines, so that what lies behind begins one.
+  static int64_t floats(int64_t groups, int64_t rows) { return (SUMS * PANEL + rows * (groups + 1) + 4 * groups + 31) / 16 * 16; }
   static Int8Scratch in(float* memory, int64_t groups, int64_t rows) {
     int32_t* const sums = reinterpret_cast<int32_t*>(memory);
     float* const scale = memory + SUMS * PANEL + rows * groups;

