@@ -25,8 +25,10 @@ def by_one_call(
 
     copies: the 8-bit weights that it computes with, or None.
     """
+    if torch.compiler.is_compiling() or rows.is_cuda:
+        return None
     norms = (parts.attention_norm, parts.output_norm)
-    if rows.is_cuda or batch.decoding or batch.first_rows or batch.count is not None or not all(map(is_plain_norm, norms)):
+    if batch.decoding or batch.first_rows or batch.count is not None or not all(map(is_plain_norm, norms)):
         return None
     form, attention = gelu_form(parts.activation), parts.attention
     facts = facts_of(rows, attention.attention_head_size, deterministic=batch.options.deterministic)
