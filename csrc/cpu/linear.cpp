@@ -27,8 +27,9 @@ constexpr int64_t PANEL = 64;        // columns of y that a task computes: four 
 constexpr int64_t ROWS = 24;         // rows of y whose sums lie in the nearest cache: 6 KiB
 constexpr int64_t STEP = 6 * DEPTH;  // terms of the sums whose weights lie in the second cache: 288 KiB; whole runs of gemm.h
 constexpr int64_t CHUNK = 640;       // most rows of a task
-// Up to as many rows weights are read as they lie: 16 rows took 0.87 of the time of a transposed panel, 32 0.83, 64 all of it.
-constexpr int64_t FEW_ROWS = 64;
+// Up to as many rows, and floats of them, weights are read as they lie: of depth 768 (3072) 80 rows took 0.86 (0.96) of the time
+// of a transposed panel, 128 0.87 (1.1), 192 0.92 (0.95 to 1.03), 256 0.97 (1.02).
+constexpr int64_t FEW_ROWS = 192, FEW_FLOATS = 96 * 3072;
 constexpr int64_t FEW_PANEL = 48;  // as PANEL; a multiple of the tiles of gemm.h and of all vectors
 // Rows from which on PyTorch's product is faster; on AVX-512 with MKL, 32 rows took 0.6 to 0.85 of its time, 300 rows 0.9.
 constexpr int64_t MANY_ROWS = 640;
@@ -114,16 +115,18 @@ ROBERTA_FAST_KERNEL(transpose_x, Linear<float>)
 ROBERTA_FAST_BF16_KERNEL(transpose_x, Linear<at::BFloat16>)
 
 template <class Isa, class Element>
-ALWAYS_INLINE void multiply_few_rows(const Linear<Element>& p, int64_t panel, int64_t) {
-  const int64_t first = panel * FEW_PANEL, columns = std::min(FEW_PANEL, p.columns - first);
+ALWAYS_INLINE void multiply_few_rows(const Linear<Element>& p, int64_t begin, int64_t end) {
   const int64_t wide = vectors<Isa>(p.rows), stride = wide * Isa::WIDTH;
   float* transposed_sums = p.scratch;                  // [FEW_PANEL, stride]
   float* sums = transposed_sums + FEW_PANEL * stride;  // [rows, FEW_PANEL]
-  const float* weight = p.weight + first * p.stride_weight;
-  multiply_streamed<Isa>(
-      {weight, p.stride_weight, p.transposed_x, stride, transposed_sums, stride, columns, wide, p.depth, false});
-  transpose<Isa>(transposed_sums, stride, columns, p.rows, sums, FEW_PANEL);
-  finish<Isa>(p, sums, FEW_PANEL, 0, p.rows, first, columns);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * FEW_PANEL, columns = std::min(FEW_PANEL, p.columns - first);
+    const float* weight = p.weight + first * p.stride_weight;
+    multiply_streamed<Isa>(
+        {weight, p.stride_weight, p.transposed_x, stride, transposed_sums, stride, columns, wide, p.depth, false});
+    transpose<Isa>(transposed_sums, stride, columns, p.rows, sums, FEW_PANEL);
+    finish<Isa>(p, sums, FEW_PANEL, 0, p.rows, first, columns);
+  }
 }
 ROBERTA_FAST_KERNEL(multiply_few_rows, Linear<float>)
 ROBERTA_FAST_BF16_KERNEL(multiply_few_rows, Linear<at::BFloat16>)
@@ -180,7 +183,6 @@ at::Tensor prepack(const at::Tensor& weight) {
 
 // The product by packed weights [panels, depth, PANEL].
 void multiply_packed_rows(const Linear<float>& params, const at::Tensor& packed) {
-  check_shape(packed, "packed", {params.panels, params.depth, PANEL});
   Linear<float> whole = params;
   whole.packed = packed.const_data_ptr<float>();
   const int64_t n = params.rows, about = std::max<int64_t>(1, (n + BLOCK / 2) / BLOCK);
@@ -283,8 +285,12 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
   const int64_t chunks = std::max(for_threads, (n + CHUNK - 1) / CHUNK);
   const Linear<Element> params{
       rows.data, columns.data, epilogue, y.mutable_data_ptr<Element>(), rows.stride, columns.stride, n, m, depth, panels, chunks};
+  const bool few = n <= FEW_ROWS && n * depth <= FEW_FLOATS;
   if constexpr (FLOATS) {
-    if (packed.has_value()) return multiply_packed_rows(params, *packed);
+    // On a Zen 5 packed weights took 0.85 of the time with 1 row, but 1.05 to 1.25 of it with 8 to 64.
+    const bool as_they_lie = few && n >= 8 && outruns_pytorch();
+    if (packed.has_value()) check_shape(*packed, "packed", {panels, depth, PANEL});
+    if (packed.has_value() && !as_they_lie) return multiply_packed_rows(params, *packed);
     if (!deterministic && leave_to_pytorch(n)) {
       at::mm_out(y, rows.tensor, columns.tensor.t());
       // About 8k elements a task: at about a nanosecond each, less does not repay waking a thread.
@@ -293,7 +299,7 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
       return;
     }
   }
-  if (n <= FEW_ROWS) {
+  if (few) {
     constexpr int64_t WIDEST = Avx512::WIDTH, LINES = 64;
     const int64_t stride = (n + WIDEST - 1) / WIDEST * WIDEST;
     const at::Tensor transposed = at::empty({depth, stride}, x.options().dtype(at::kFloat));
@@ -301,10 +307,12 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
     few.transposed_x = transposed.mutable_data_ptr<float>();
     at::parallel_for(0, (depth + LINES - 1) / LINES, 1 + 8192 / (LINES * n),
                      [&](int64_t begin, int64_t end) { transpose_x_for_cpu(few, begin * LINES, std::min(end * LINES, depth)); });
-    for_each_task((m + FEW_PANEL - 1) / FEW_PANEL, FEW_PANEL * (stride + n), [&](int64_t panel, float* scratch) {
+    // Of panels that follow each other, so that what a thread asks for early is its own: 0.85 of the time of panels in turn.
+    const int64_t few_panels = (m + FEW_PANEL - 1) / FEW_PANEL, shares = std::min<int64_t>(2 * at::get_num_threads(), few_panels);
+    for_each_task(shares, FEW_PANEL * (stride + n), [&](int64_t share, float* scratch) {
       Linear<Element> mine = few;
       mine.scratch = scratch;
-      multiply_few_rows_for_cpu(mine, panel, panel + 1);
+      multiply_few_rows_for_cpu(mine, few_panels * share / shares, few_panels * (share + 1) / shares);
     });
     return;
   }
