@@ -65,6 +65,9 @@ class FastTrainingArguments(TrainingArguments):
             raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be 0 or more")
         if self.seeds is not None:
             self.seeds = _distinct_integers("seeds", str(self.seeds))
+        for name, seeds in (("seed", self.seed), ("data_seed", self.data_seed or 0), ("seeds", self.seeds or 0)):
+            if not all(0 <= int(seed) < 2**32 for seed in str(seeds).split(",")):
+                raise ValueError(f"{name}={seeds!r} must lie in [0, 2**32)")
         self.per_device_train_batch_size = self.per_device_train_batch_size or 32
         self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()

@@ -201,6 +201,9 @@ def test_class_weights_weigh_the_loss(tmp_path):
         ({"layer_lr_decay": 0.0}, r"layer_lr_decay=0.0 must lie in \(0, 1\]"),
         ({"early_stopping_patience": -1}, "early_stopping_patience=-1"),
         ({"seeds": "1;2"}, "seeds='1;2' must be integers"),
+        ({"seed": -1}, r"seed=-1 must lie in \[0, 2\*\*32\)"),
+        ({"data_seed": 2**32}, r"data_seed=4294967296 must lie in"),
+        ({"seeds": "1,4294967296"}, "seeds='1,4294967296' must lie in"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message, tmp_path):
