@@ -149,7 +149,7 @@ ALWAYS_INLINE void attend(const AttentionForward<Element>& p, int64_t task, int6
   const int64_t most_keys = visible_keys(p.shape, s, first + queries - 1);
   const AttentionTask& next = p.tasks[std::min(task + p.threads, p.last_task)];
   prefetch_rows(p.key.at(s.key, head), p.key.stride_row, std::min(BLOCK, most_keys), head_dim);
-  transpose_scaled<Isa>(p.query.at(s.query + first, head), p.query.stride_row, queries, head_dim, p.shape.scale, query_t, BLOCK);
+  transpose<Isa, true>(p.query.at(s.query + first, head), p.query.stride_row, queries, head_dim, query_t, BLOCK, p.shape.scale);
   for (int64_t v = 0; v < lanes; ++v) {
     store(maximum + v * W, Vector{} - INFINITY);
     store(weight_sum + v * W, Vector{});

@@ -56,7 +56,7 @@ ALWAYS_INLINE void load_queries(const Backward& p, const Segment& s, int64_t hea
   const int64_t row = s.query + first, head_dim = p.shape.head_dim;
   const float* query = p.query.at(row, head);
   const float* dout = p.dout.at(row, head);
-  transpose_scaled<Isa>(query, p.query.stride_row, queries, head_dim, p.shape.scale, b.query_t, BLOCK);
+  transpose<Isa, true>(query, p.query.stride_row, queries, head_dim, b.query_t, BLOCK, p.shape.scale);
   transpose<Isa>(dout, p.dout.stride_row, queries, head_dim, b.dout_t, BLOCK);
   copy_rows<Isa>(query, p.query.stride_row, queries, head_dim, b.query, b.width);
   copy_rows<Isa>(dout, p.dout.stride_row, queries, head_dim, b.dout, b.width);

@@ -75,7 +75,7 @@ ALWAYS_INLINE void transpose_tile(const Element* from, int64_t stride, int64_t r
   ((I < columns ? store(to + I * stride_to, tile[I]) : void()), ...);
 }
 
-// from [rows, columns] as to [columns, rows]; zeros fill the last vector of each row of to.
+// from [rows, columns], times factor if SCALED, as to [columns, rows]; zeros fill the last vector of each row of to.
 template <class Isa, bool SCALED = false, class Element>
 ALWAYS_INLINE void transpose(const Element* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t stride_to,
                              float factor = 1.0f) {
@@ -84,13 +84,6 @@ ALWAYS_INLINE void transpose(const Element* from, int64_t stride, int64_t rows, 
     for (int64_t c = 0; c < columns; c += W)
       transpose_tile<Isa, SCALED>(from + r * stride + c, stride, rows - r, columns - c, factor, to + c * stride_to + r, stride_to,
                                   std::make_integer_sequence<int, W>());
-}
-
-// The same, times factor.
-template <class Isa, class Element>
-ALWAYS_INLINE void transpose_scaled(const Element* from, int64_t stride, int64_t rows, int64_t columns, float factor, float* to,
-                                    int64_t stride_to) {
-  transpose<Isa, true>(from, stride, rows, columns, to, stride_to, factor);
 }
 
 }  // namespace roberta_fast
