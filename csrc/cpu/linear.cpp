@@ -196,6 +196,26 @@ void multiply_packed_rows(const Linear<float>& params, const at::Tensor& packed)
   });
 }
 
+// The product of few rows, which are transposed first.
+template <class Element>
+void multiply_by_transposed_x(const Linear<Element>& params) {
+  constexpr int64_t WIDEST = Avx512::WIDTH, LINES = 64;
+  const int64_t n = params.rows, depth = params.depth, stride = (n + WIDEST - 1) / WIDEST * WIDEST;
+  const at::Tensor transposed = at::empty({depth, stride}, at::kFloat);
+  Linear<Element> whole = params;
+  whole.transposed_x = transposed.mutable_data_ptr<float>();
+  at::parallel_for(0, (depth + LINES - 1) / LINES, 1 + 8192 / (LINES * n),
+                   [&](int64_t begin, int64_t end) { transpose_x_for_cpu(whole, begin * LINES, std::min(end * LINES, depth)); });
+  // Of panels that follow each other, so that what a thread asks for early is its own: 0.85 of the time of panels in turn.
+  const int64_t panels = (params.columns + FEW_PANEL - 1) / FEW_PANEL;
+  const int64_t shares = std::min<int64_t>(2 * at::get_num_threads(), panels);
+  for_each_task(shares, FEW_PANEL * (stride + n), [&](int64_t share, float* scratch) {
+    Linear<Element> mine = whole;
+    mine.scratch = scratch;
+    multiply_few_rows_for_cpu(mine, panels * share / shares, panels * (share + 1) / shares);
+  });
+}
+
 template <class Element>
 at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                    const std::optional<at::Tensor>& residual, int64_t real, bool deterministic,
@@ -299,23 +319,7 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
       return;
     }
   }
-  if (few) {
-    constexpr int64_t WIDEST = Avx512::WIDTH, LINES = 64;
-    const int64_t stride = (n + WIDEST - 1) / WIDEST * WIDEST;
-    const at::Tensor transposed = at::empty({depth, stride}, x.options().dtype(at::kFloat));
-    Linear<Element> few = params;
-    few.transposed_x = transposed.mutable_data_ptr<float>();
-    at::parallel_for(0, (depth + LINES - 1) / LINES, 1 + 8192 / (LINES * n),
-                     [&](int64_t begin, int64_t end) { transpose_x_for_cpu(few, begin * LINES, std::min(end * LINES, depth)); });
-    // Of panels that follow each other, so that what a thread asks for early is its own: 0.85 of the time of panels in turn.
-    const int64_t few_panels = (m + FEW_PANEL - 1) / FEW_PANEL, shares = std::min<int64_t>(2 * at::get_num_threads(), few_panels);
-    for_each_task(shares, FEW_PANEL * (stride + n), [&](int64_t share, float* scratch) {
-      Linear<Element> mine = few;
-      mine.scratch = scratch;
-      multiply_few_rows_for_cpu(mine, few_panels * share / shares, few_panels * (share + 1) / shares);
-    });
-    return;
-  }
+  if (few) return multiply_by_transposed_x(params);
   for_each_task(panels * chunks, (STEP + (n + chunks - 1) / chunks) * PANEL, [&](int64_t task, float* scratch) {
     Linear<Element> mine = params;
     mine.scratch = scratch;
