@@ -17,8 +17,8 @@ constexpr int64_t LONGEST = 512;  // rows of the longest segment that is attende
 struct Group {
   int64_t begin, end;
   double work = 0.0;
-  std::vector<Segment> segments;
-  std::vector<AttentionTask> tasks;
+  std::vector<Segment> segments{};
+  std::vector<AttentionTask> tasks{};
 };
 
 // The rows in groups, those with the most work first.
