@@ -5,6 +5,7 @@ They stand beside the parameters, in ``layer.copies``, which holds the reason wh
 would need them raises, and says why.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -56,6 +57,19 @@ class CopiesHolder:
         super()._save_to_state_dict(*args, **kwargs)
 
 
+def refuse_training(model: nn.Module) -> None:
+    """Makes ``train()`` of ``model``, and of the modules in it that hold released layers, raise before it changes anything."""
+    for module in model.modules():
+        if any(isinstance(part, CopiesHolder) for part in module.modules()):
+            module.train = functools.partial(_train_of_released, module)
+
+
+def _train_of_released(module, mode=True):
+    if mode:
+        raise RuntimeError(f"roberta_fast: train() needs the fp32 weights, {RELEASED}")
+    return type(module).train(module, mode)
+
+
 def is_released(layer: nn.Module) -> bool:
     """Whether a fast layer computes with its 8-bit copies or not at all."""
     return not isinstance(layer.copies, str) and layer.copies.is_released
@@ -83,9 +97,14 @@ def prepare(layers: Iterable[nn.Module], options: FastOptions, norm: nn.Module |
         norm = layer_parts(layer).output_norm
 
 
+def any_released(layers: Iterable[nn.Module]) -> bool:
+    """Whether the fp32 weights of one of the layers were released."""
+    return any(is_released(layer) for layer in map(unwrapped, layers) if isinstance(layer, CopiesHolder))
+
+
 def check_released(layers: Iterable[nn.Module], what: str) -> None:
     """Raises ValueError where a layer cannot do ``what``, as its fp32 weights were released."""
-    if any(is_released(layer) for layer in map(unwrapped, layers) if isinstance(layer, CopiesHolder)):
+    if any_released(layers):
         raise ValueError(f"{what} needs the fp32 weights, {RELEASED}")
 
 

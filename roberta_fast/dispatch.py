@@ -119,7 +119,9 @@ def _choose(op: str, facts: Facts, requested: str) -> Choice:
     candidate, skipped = _first_able(op, facts, requested)
     if candidate is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or f"it does not run on {facts.device} tensors"
-        raise ValueError(f"backend={requested!r} cannot run {op} on {facts.device} {facts.dtype}: {reasons}")
+        who = "no backend can" if requested == "auto" else f"backend={requested!r} cannot"
+        how = " with deterministic=True" if facts.deterministic else ""
+        raise ValueError(f"{who} run {op} on {facts.device} {facts.dtype}{how}: {reasons}")
     choice = Choice(candidate.backend, candidate.load(), skipped)
     if skipped and skipped not in _warned:
         _warned.add(skipped)

@@ -59,10 +59,10 @@ class FastEncoder(graphs.GraphHolder, Reporting):
     ) -> ModelOutput:
         """The encoder's output, ``last_hidden_state`` [B, S, C], zeros at padding.
 
-        hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, or None. A decoder attends causally,
-        to encoder_hidden_states [B, R, C] under encoder_attention_mask [B, R], and to the T tokens that a dynamic cache in
-        past_key_values has, which it fills: attention_mask is [B, T + S] then. Other 4D masks and caches, and requested
-        attentions, take the stock path. Texts laid one after the other in one row come with ``cu_seq_lens_q`` and
+        hidden_states: [B, S, C] embeddings. attention_mask: [B, S], nonzero at real tokens, [1, S] for all texts alike, or None.
+        A decoder attends causally, to encoder_hidden_states [B, R, C] under encoder_attention_mask [B, R], and to the T tokens
+        that a dynamic cache in past_key_values has, which it fills: attention_mask is [B, T + S] then. Other 4D masks and caches,
+        and requested attentions, take the stock path. Texts laid one after the other in one row come with ``cu_seq_lens_q`` and
         ``max_length_q``, as from ``DataCollatorWithFlattening``, and do not see each other.
         Raises ValueError naming a mask that does not fit, or a parameter of another dtype.
         """
@@ -85,6 +85,7 @@ class FastEncoder(graphs.GraphHolder, Reporting):
             if flattened is not None and "flash" not in str(config._attn_implementation):
                 raise NotImplementedError(f"roberta_fast: the stock path would run, {reason}, {SEE_EACH_OTHER}")
             forbidden = NOT_DETERMINISTIC if self.fast_options.deterministic else None
+            forbidden = copies.RELEASED if copies.any_released(self.layer) else forbidden
             self._report(self.stock_calls, "takes the stock path", "the stock path would run", reason, forbidden)
             if not decodes and isinstance(mask, torch.Tensor) and mask.shape == hidden_states.shape[:2]:
                 attention_mask = padding_mask.stock_mask(layer_parts(self.layer[0]).attention, mask, hidden_states)
@@ -173,25 +174,25 @@ class FastEncoder(graphs.GraphHolder, Reporting):
         """Whether layers use their 8-bit weights in this call, where the options ask for it; reports where not all do."""
         if self.fast_options.precision is None:
             return False
-        layers, own = [unwrapped(layer) for layer in self.layer], "fp32"
+        layers = [unwrapped(layer) for layer in self.layer]
+        own = "fp32" if hidden_states.dtype == torch.float32 else "the model's own precision"
         reason = copies.call_objection(self, hidden_states)
         if self.fast_options.precision == "fp8":
-            own = "the model's own precision"
             copies.check_bounds(layers, *self.norm_before)
             if watched:
                 reason = reason or "who sees hidden states between the layers might change them, and fp8 relies on their bounds"
-        if reason and any(map(copies.is_released, layers)):
+        if reason and copies.any_released(layers):
             raise RuntimeError(f"roberta_fast: the layers would compute in fp32, {reason}, {copies.RELEASED}")
-        missing = next((layer.copies for layer in layers if isinstance(layer.copies, str)), None)
+        missing = next((f"8-bit weights: {layer.copies}" for layer in layers if isinstance(layer.copies, str)), None)
         if not self.training and (reason or missing):  # training without copies is no surprise
-            reason_or_missing = reason or f"8-bit weights: {missing}"
-            self._report(self.fp32_calls, f"computes in {own}", f"layers would compute in {own}", reason_or_missing)
+            self._report(self.fp32_calls, f"computes in {own}", f"layers would compute in {own}", reason or missing)
         return reason is None
 
     def _reads_prepacked(self, hidden_states: torch.Tensor) -> bool:
         """Whether layers read packed weights in this call."""
         asked = self.fast_options.prepack and not torch.compiler.is_compiling()
-        return asked and prepack_objection(hidden_states) is None and copies.call_objection(self, hidden_states) is None
+        able = asked and prepack_objection(hidden_states, self.fast_options.backend) is None
+        return able and copies.call_objection(self, hidden_states) is None
 
 
 def encoder_objection(encoder: nn.Module) -> str | None:

@@ -84,7 +84,8 @@ def _refuse_other_bits(parts, reason):
     for name, part in linears(parts).items():
         for module in part.modules():
             if isinstance(module, nn.Linear) and not isinstance(module, Linear):
-                what = what or f"{name} would run a {type(module).__name__} that acceleration did not replace"
+                kind = f"{type(module).__name__} that acceleration did not replace (accelerate_model does, called again)"
+                what = what or f"{name} would run a {kind}"
     if what:
         raise NotImplementedError(f"roberta_fast: {what}, {NOT_DETERMINISTIC}")
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from roberta_fast.accelerate import accelerate_model, fast_encoders
-from roberta_fast.copies import copies_of
+from roberta_fast.copies import copies_of, refuse_training
 from roberta_fast.families import layer_parts, unwrapped
 from roberta_fast.int8 import Int8Linears, ReleasedWeight
 from roberta_fast.parts import LINEARS
@@ -41,6 +41,7 @@ def release_weights(model: nn.Module) -> nn.Module:
         parts = layer_parts(layer)
         _set_released(parts)
         layer.copies = layer.copies._replace(sources=tuple(getattr(parts, name).weight for name in LINEARS))
+    refuse_training(model)
     return model.requires_grad_(False)
 
 
@@ -103,6 +104,7 @@ def load_quantized(folder: str | Path, model_class: type | None = None, **overri
         for layer in map(unwrapped, encoder.layer):
             _fill(layer, tensors, names, folder)
     _fill_rest(model, tensors, folder)
+    refuse_training(model)
     return model.requires_grad_(False)
 
 

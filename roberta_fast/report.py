@@ -63,7 +63,7 @@ class Explanation:
         lines += [f"  {name:<{width}}  {forward:<8} {backward}" for name, (forward, backward) in self.backends.items()]
         lines += [f"  fallback: {reason}" for reason in self.fallbacks] or ["  no fallback"]
         lines += [f"  stock path, {calls} call(s): {reason}" for reason, calls in self.stock_calls.items()]
-        lines += [f"  in fp32, {calls} call(s): {reason}" for reason, calls in self.fp32_calls.items()]
+        lines += [f"  not in 8 bits, {calls} call(s): {reason}" for reason, calls in self.fp32_calls.items()]
         lines += [f"  all rows, {calls} call(s): {reason}" for reason, calls in self.whole_calls.items()]
         lines += [f"  without a CUDA graph, {calls} call(s): {reason}" for reason, calls in self.eager_calls.items()]
         return "\n".join(lines)
@@ -97,8 +97,11 @@ def explain(model: nn.Module) -> Explanation:
         backends = {"linear": (forward, backward)}
     precision, operations = "as the model", dict(_OPERATIONS)
     if options.precision:
-        precision = _precision(layers, options.precision)
-        operations |= {name: (name, None) for name in copies.KINDS[options.precision].operations}  # compute in inference alone
+        able = [layer for layer in layers if copies.is_released(layer) or copies.copies_of(layer, layer_parts(layer))]
+        released = ", fp32 weights released" if copies.any_released(able) else ""
+        precision = f"{options.precision} linear layers in {len(able)} of {len(layers)} layers{released}"
+        if able:
+            operations |= {name: (name, None) for name in copies.KINDS[options.precision].operations}  # in inference alone
     if is_fused(options.recompute == "gelu", weight.is_cuda, requested):
         operations["feed_forward"] = "linear_gelu", "feed_forward_backward"
     models = [module for module in model.modules() if isinstance(module, FastModel)]
@@ -134,7 +137,7 @@ def explain(model: nn.Module) -> Explanation:
     if options.prepack:
         modules = [m for layer in layers for m in linears(layer_parts(layer)).values() if is_plain(m, nn.Linear)]
         prepack = f"{sum(is_packed(m.weight) for m in modules)} of {len(modules)} weights by now"
-        reasons.update(f"no weight is prepacked: {reason}" for reason in filter(None, [prepack_objection(weight)]))
+        reasons.update(f"no weight is prepacked: {reason}" for reason in filter(None, [prepack_objection(weight, requested)]))
     stock_calls, fp32_calls, whole_calls, eager_calls = Counter(), Counter(), Counter(), Counter()
     for module in models:
         whole_calls.update(module.whole_calls)
@@ -178,13 +181,6 @@ def _cuda_graphs(encoders, device):
     sets = [encoder.graphs for encoder in encoders]
     kept, captures, replays = sum(map(len, sets)), sum(s.captures for s in sets), sum(s.replays for s in sets)
     return f"{kept} kept of {captures} recorded, {replays} replays"
-
-
-def _precision(layers, asked):
-    """How many layers multiply in 8 bits."""
-    able = [layer for layer in layers if copies.is_released(layer) or copies.copies_of(layer, layer_parts(layer))]
-    released = ", fp32 weights released" if any(map(copies.is_released, able)) else ""
-    return f"{asked} linear layers in {len(able)} of {len(layers)} layers{released}"
 
 
 def _layer_fallbacks(layer, precision):

@@ -75,8 +75,10 @@ def prepack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.roberta_fast_cpp.prepack(weight)
 
 
-def prepack_objection(weight: torch.Tensor) -> str | None:
-    """Why ``weight`` cannot be prepacked, or None."""
+def prepack_objection(weight: torch.Tensor, backend: str = "auto") -> str | None:
+    """Why ``weight`` cannot be prepacked for ``backend``, or None."""
+    if backend not in ("auto", "cpp"):
+        return f"packed ones are read by the C++ kernel alone, and backend={backend!r}"
     if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
         return f"weights are {weight.dtype} on {weight.device}, and packed ones serve float32 on the CPU"
     return dispatch.load_cpp()

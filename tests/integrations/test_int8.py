@@ -29,6 +29,7 @@ from roberta_fast import (
     save_quantized,
 )
 from roberta_fast.demo import embed_all, neighbours, read_sentences, tokenize
+from roberta_fast.int8 import Int8Linears
 from roberta_fast.testing import MASKS, ragged_mask, random_inputs, randomize, tiny_config
 
 pytestmark = pytest.mark.skipif(
@@ -300,6 +301,9 @@ def test_errors_instead_of_fp32(model, inputs):
 def test_weights_that_cannot_be_copied(stock, inputs):
     half = accelerate_model(copy.deepcopy(stock).bfloat16(), precision="int8")
     assert "query is torch.bfloat16 on cpu; they serve float32 on the CPU" in str(explain(half))
+    assert not set(explain(half).backends) & set(Int8Linears.operations), "what nothing computes with has no line"
+    with pytest.warns(RuntimeWarning, match="computes in the model's own precision: 8-bit weights: query is torch.bfloat16"):
+        logits(half, inputs)
     with torch.no_grad():
         stock.roberta.encoder.layer[1].intermediate.dense.weight[0, 0] = torch.nan
     broken = accelerate_model(stock, precision="int8")

@@ -241,10 +241,16 @@ def test_where_nothing_can_be_packed(stock, inputs, monkeypatch):
         __import__("roberta_fast.encoder", fromlist=["_"]),
         __import__("roberta_fast.report", fromlist=["_"]),
     ):
-        monkeypatch.setattr(place, "prepack_objection", lambda weight: "no extension")
+        monkeypatch.setattr(place, "prepack_objection", lambda weight, backend="auto": "no extension")
     model = accelerate_model(copy.deepcopy(stock), prepack=True)
     assert_same(model, stock, inputs)
     assert explain(model).fallbacks == ("no weight is prepacked: no extension",) and packed(model) == 0
+
+
+def test_another_backend_reads_none(stock, inputs):
+    model = accelerate_model(copy.deepcopy(stock), prepack=True, backend="torch")
+    assert torch.equal(logits(model, inputs), logits(accelerate_model(copy.deepcopy(stock), backend="torch"), inputs))
+    assert packed(model) == 0 and "read by the C++ kernel alone, and backend='torch'" in str(explain(model))
 
 
 def test_options():

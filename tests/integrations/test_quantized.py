@@ -51,6 +51,11 @@ def logits(model, inputs):
 
 WITHOUT_FP32 = {
     "train": (lambda m, i: m.train(), RuntimeError, r"train\(\) needs the fp32 weights, but release_weights"),
+    "train of a part": (lambda m, i: m.roberta.train(), RuntimeError, r"train\(\) needs the fp32 weights"),
+    "train of a layer": (lambda m, i: m.roberta.encoder.layer[1].train(), RuntimeError, r"train\(\) needs the fp32 weights"),
+    "attentions": (
+        lambda m, i: m(**i, output_attentions=True), RuntimeError, "stock path would run, attentions are requested, but release_w"
+    ),
     "state_dict": (lambda m, i: m.state_dict(), RuntimeError, "a state_dict holds fp32 weights.*save_quantized saves this one"),
     "state_dict of a part": (
         lambda m, i: m.roberta.encoder.layer[0].output.dense.state_dict(), RuntimeError, "needs a weight, but release_weights"
@@ -91,7 +96,7 @@ def test_released_weights_are_missed_loudly(name, model, inputs, tmp_path, monke
         call(model, inputs)
     assert not list(tmp_path.rglob("*.safetensors"))
     if name not in ("another linear", "dtype", "device"):  # a move has reached the embeddings before
-        assert torch.equal(logits(model.eval(), inputs), expected), "what was refused changed nothing"
+        assert torch.equal(logits(model, inputs), expected), "what was refused changed nothing"
 
 
 def test_released_models_still_do_what_needs_no_weights(model, inputs):
