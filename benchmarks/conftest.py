@@ -1,0 +1,29 @@
+"""What pytest-benchmark leaves unsaid of a run of the operations: that the machine was busy, in the saved file as well, and, where
+kernels are slower than those of a saved run, nothing but that."""
+
+import pytest
+from pytest_benchmark.session import PerformanceRegression
+
+from roberta_fast.benchmarks import measure
+
+_busy = pytest.StashKey[str | None]()  # when the run began, as its own load is no neighbour's
+
+
+def pytest_configure(config):
+    config.stash[_busy] = measure.busy()
+
+
+def pytest_benchmark_update_json(config, output_json):
+    output_json["busy"] = config.stash[_busy]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary(terminalreporter, config):
+    busy = config.stash[_busy]
+    noise = f"These times are noisy: when they began {busy}." if busy else ""
+    try:
+        yield
+    except PerformanceRegression:
+        pytest.exit(f"the kernels named above are slower than the saved run's. {noise}", returncode=1)
+    if noise and config.getoption("benchmark_enable"):
+        terminalreporter.write_line(noise, yellow=True)
