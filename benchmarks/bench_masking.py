@@ -9,9 +9,9 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from roberta_fast import dispatch
+from roberta_fast.training.bpe import byte_level_bpe
 from roberta_fast.training.pretraining.blocks import full_sentences, full_sentences_ref
 from roberta_fast.training.pretraining.masking import mask, mask_ref, masking_rule
-from roberta_fast.training.pretraining.vocabulary import train_bpe
 
 BLOCKS, LENGTH = 64, 512
 SENTENCES = 100_000
@@ -19,7 +19,7 @@ SENTENCES = 100_000
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_bpe(["a few words are enough, as ids are drawn at random"] * 2, 300)
+    return byte_level_bpe(["a few words are enough, as ids are drawn at random"] * 2, 300)
 
 
 @pytest.fixture(scope="module")
