@@ -1,5 +1,6 @@
 """One table of the encoder: peers on a model and its batches, checked against the stock model, then timed in turn."""
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -55,10 +56,14 @@ class Comparison:
         environment = measure.environment(self.device, self.commit)  # of the source as it was loaded
         calls = sum(self._repeats(batch) + 3 for batch in self.batches)  # with the check, the warm-up and the memory
         with tqdm(total=len(self.peers) * (1 + calls), disable=None, leave=False) as bar:
+            stages = set()
 
-            def progress(what):
-                bar.set_description_str(what, refresh=False)
+            def progress(stage, peer=""):
+                bar.set_description_str(f"{stage} {peer}".strip())
                 bar.update()
+                if bar.disable and stage not in stages:  # no terminal: a line for each stage
+                    stages.add(stage)
+                    print(f"roberta-fast bench: {stage.rstrip(':')}", file=sys.stderr, flush=True)
 
             functions = self._build(progress)
             nearness, floors = self._gate(functions, progress)
@@ -87,11 +92,11 @@ class Comparison:
         functions = {}
         for name in self.peers:
             peer = PEERS[name]
+            progress(f"set up {name}")
             try:
                 functions[name] = peer.build(self.model, self.batches[0]) if peer.calibrated else peer.build(self.model)
             except Unsuited as error:
                 self.absent[name] = str(error)
-            progress(f"build {name}")
         return functions
 
     def _gate(self, functions, progress) -> tuple[dict[tuple[str, str], Nearness], dict[str, float]]:
@@ -101,6 +106,7 @@ class Comparison:
         for batch in self.batches:
             gate = Gate(self.model, functions[BASELINE], batch, batch.labels(self.mode))
             for name in list(functions):
+                progress(f"check results on {batch.name}:", name)
                 try:
                     if PEERS[name].precision:
                         floors[batch.name] = gate.eight_bit_floor
@@ -114,7 +120,6 @@ class Comparison:
                 except torch.OutOfMemoryError:
                     self.absent[name] = f"out of memory on the {batch.name} batch"
                     del functions[name]
-                progress(f"check {name}, {batch.name}")
         if wrong:
             raise NotTheSame("\n".join(wrong))
         self._set_training(functions, dropout=self.training)
@@ -132,13 +137,14 @@ class Comparison:
             self._clock(),
             warm_up_seconds=0.2,
             pause_seconds=measure.SPIN_SECONDS if self.device == "cpu" else 0.0,
-            progress=lambda name: progress(f"time {name}, {batch.name}"),
+            progress=lambda name: progress(f"time {batch.name}:", name),
         )
         generates = self.mode == "generate"
         tokens = len(batch.lengths) * shapes.NEW_TOKENS if generates else batch.tokens
         targets = [shapes.NEW_TOKENS] * len(batch.lengths) if generates else None
         flops = shapes.forward_flops(self.model.config, batch.lengths, targets) * (3 if self.training else 1)
         for name, timing in timings.items():
+            progress(f"memory on {batch.name}:", name)
             near, precision = nearness[name, batch.name], PEERS[name].precision
             yield {
                 "batch": batch.name,
@@ -154,7 +160,6 @@ class Comparison:
                 "below_floor": bool(precision) and not near.cosine >= floors[batch.name],
                 **self._kernels(steps[name], batch),
             }
-            progress(f"memory of {name}, {batch.name}")
 
     def _clock(self):
         return measure.clock_for(self.device)

@@ -1,5 +1,5 @@
-"""What pytest-benchmark leaves unsaid of a run of the operations: that the machine was busy, in the saved file as well; and, where
-kernels are slower than a saved run's, nothing but that."""
+"""What pytest-benchmark leaves unsaid of a run of the operations: that the machine was busy, in the saved file as well; and that
+it was slower kernels that made a comparison fail."""
 
 import pytest
 from pytest_benchmark.session import PerformanceRegression

@@ -1,6 +1,7 @@
 """``roberta-fast bench``: the encoder against its peers in one run, once all were found to compute the same."""
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,20 +32,24 @@ def run(argv: list[str]) -> int:
         comparisons = _prepare(args)
     except ValueError as error:
         parser.error(str(error))
-    if busy := measure.busy():
-        print(f"roberta-fast bench: {busy}", file=sys.stderr)
+    cores, threads = os.cpu_count(), args.threads or 1
+    too_many = f"--threads {threads} on {cores} cores: threads wait for each other" if threads > cores else None
+    for warning in filter(None, (measure.busy(), too_many)):
+        print(f"roberta-fast bench: {warning}", file=sys.stderr)
+    results = []
     with measure.threads(args.threads):
-        try:
-            results = [comparison.run() for comparison in comparisons]
-        except NotTheSame as error:
-            print(f"No number, for results differ from {BASELINE}'s:\n{error}", file=sys.stderr)
-            return 1
-    print("\n\n".join(report.section(result) for result in results))
-    for path in filter(None, (args.json, args.save and report.RESULTS / f"{report.slug(results[0]['environment'])}.json")):
-        report.save(path, results)
-    if args.save:
-        report.draw()
-    return 0
+        for comparison in comparisons:
+            try:
+                results.append(comparison.run())
+            except NotTheSame as error:
+                print(f"No number, for results differ from {BASELINE}'s:\n{error}", file=sys.stderr)
+                return 1
+            print(report.section(results[-1]), end="\n\n", flush=True)
+            own_file = report.RESULTS / f"{report.slug(results[-1]['environment'])}.json"
+            for path in filter(None, (args.json, args.save and own_file)):
+                report.save(path, results[-1:])
+    missing = args.plots is not None and report.draw(results, args.plots)
+    return int(missing or (args.save and report.draw()))
 
 
 def _parser():
@@ -68,7 +73,12 @@ def _parser():
     add("--kernels", action="store_true", help="also what a call spends its time in, by kind of kernel")
     add("--scaling", action="store_true", help=f"instead: time against real tokens, padding, and length to {LONGEST}")
     add("--json", type=Path, help="write the results there, in place of earlier ones of the same kind")
-    add("--save", action="store_true", help="write them to benchmarks/results, under this machine's name, and draw the plots")
+    add("--plots", type=Path, help="draw the plots of this run into that folder")
+    add(
+        "--save",
+        action="store_true",
+        help="write them to benchmarks/results, under this machine's name, and draw its plots",
+    )
     add("--title", help="named so, this run and others that measure the same stay side by side in the results")
     add("--commit", help="of the source, where it is no git checkout")
     add("--report", action="store_true", help="only write the tables and plots of benchmarks/results for the README")

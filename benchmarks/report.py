@@ -20,6 +20,7 @@ IMAGES = ROOT / "docs" / "images"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 DEVICES = ("cpu", "cuda")
 LATENCY = "latency"
+FAR = 0.25  # spread of times above which their row is marked
 
 
 def run(argv: list[str], readme: Path = ROOT / "README.md") -> int:
@@ -50,7 +51,10 @@ def run(argv: list[str], readme: Path = ROOT / "README.md") -> int:
 
 
 def draw(runs: list[dict] | None = None, images: Path | None = None) -> int:
-    """Draws the plots of results, by default of all that are saved; returns 1, and says what to install, without matplotlib."""
+    """Draws the plots of results, by default of all that are saved, into a folder, by default that of the README's.
+
+    Returns 1, and says what to install, without matplotlib.
+    """
     try:
         plots.draw(load(RESULTS) if runs is None else runs, images or IMAGES)
     except ModuleNotFoundError as error:
@@ -128,8 +132,8 @@ def encoder_section(run: dict) -> str:
         cells = [f"`{peer}`" + (" ✗" if any(row.get("below_floor") for row in rows.values()) else "")]
         for row in (rows[name] for name in batches):
             mfu = [f"{row['tflops'] / peak:.0%}"] if peak else []
-            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.2f}", *mfu]
-        cells += [f"{rows[LATENCY]['seconds']['median'] * 1e3:.2f}"] if latency else []
+            cells += [f"{row['tokens_per_s']:,.0f}{_mark(row)}", f"{row['ratio']:.2f}", *mfu]
+        cells += [f"{rows[LATENCY]['seconds']['median'] * 1e3:.2f}{_mark(rows[LATENCY])}"] if latency else []
         memory = "–" if first["peak_bytes"] is None else f"{first['peak_bytes'] / 2**20:,.0f}"
         lines.append([*cells, memory, f"{first['max_abs']:.1e}", f"{first['cosine']:.7f}"])
     mode = shapes.MODES[run["mode"]]
@@ -142,7 +146,7 @@ def encoder_section(run: dict) -> str:
     notes += [f"batch 1: one text of {run['batches'][LATENCY]['seqlen']} tokens."] if latency else []
     if floor := run.get("floors", {}).get(batches[0]):
         notes += [f"In 8 bits a cosine of {floor:.5f} is asked for; ✗ marks peers that miss it in a batch."]
-    title = f"**{run['model']}, {mode}, {run['dtype']}**" + (f", {run['title']}" if run.get("title") else "")
+    title = f"**{_model(run)}, {mode}, {run['dtype']}**" + (f", {run['title']}" if run.get("title") else "")
     text = f"{title} ({described})  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{_notes(run, notes)}"
     profiled = [row for row in run["rows"] if "kinds" in row]
     if profiled:
@@ -164,7 +168,7 @@ def latency_section(run: dict) -> str:
             tail = f"{seconds['p99'] * 1e3:,.3f}" if "p99" in seconds else "–"
             cells += [f"{seconds['median'] * 1e3:,.3f}", tail, f"{row['ratio']:.2f}"]
         lines.append(cells)
-    title = f"**{run['model']}, latency of one text, {run['dtype']}**"
+    title = f"**{_model(run)}, latency of one text, {run['dtype']}**"
     return f"{title}  \n{_origin(run['environment'])}\n\n{_table(head, lines)}\n\n{_notes(run, [])}"
 
 
@@ -175,7 +179,7 @@ def parts_section(run: dict) -> str:
     lines += [["sum", f"{sums / layers * 1e6:,.1f}", f"{sums * 1e3:,.3f}"]]
     lines += [[f"`{peer}`, the encoder", "", f"{t['median'] * 1e3:,.3f}"] for peer, t in run["wholes"].items()]
     (batch,) = run["batches"].values()
-    title = f"**{run['model']}, its kernels one by one, {run['dtype']}** (dense {_batch(batch)})"
+    title = f"**{_model(run)}, its kernels one by one, {run['dtype']}** (dense {_batch(batch)})"
     shares = ", ".join(f"{sums / t['median']:.0%} in `{peer}`" for peer, t in run["wholes"].items())
     note = f"The sum is {shares}. Alone a kernel finds a cold L2 cache, in the encoder the output of the one before."
     table = _table(["kernel", "a layer, µs", f"{layers} layers, ms"], lines)
@@ -200,21 +204,36 @@ def scaling_section(run: dict) -> str:
             cells = (times[point, peer] for peer in peers)
             lines.append([*sizes, *(f"{time:,.{1 if time >= 10 else 3}f}" for time in cells)])
         tables.append(f"{curve}, ms\n\n{_table(['padded', 'real tokens', *peers], lines)}")
-    name = ", ".join(filter(None, (run["model"], "inference", run["dtype"], run.get("title"))))
+    name = ", ".join(filter(None, (_model(run), "inference", run["dtype"], run.get("title"))))
     title = f"**{name}: what time follows**"
     return "\n\n".join([f"{title}  \n{_origin(run['environment'])}", *tables, _notes(run, [])])
 
 
 def _notes(run, notes):
     """What is to be said below a run's table; each absent peer has a line."""
-    times = [row["seconds"] for row in run["rows"] if row["seconds"]["repeats"] > 1]
-    spread = max(((t["p80"] - t["p20"]) / t["median"] for t in times), default=None)
-    notes = list(notes)
-    if spread is not None:
-        notes += [f"Times spread by at most {spread:.0%} of their median (20th to 80th percentile)."]
+    spread, once = max(map(_spread, run["rows"])), [row["batch"] for row in run["rows"] if row["seconds"]["repeats"] == 1]
+    notes = [*notes, f"Times spread by at most {spread:.0%} of their median (20th to 80th percentile)."]
+    notes += [f"~ marks those that do by more than {FAR:.0%}; a ratio is the median of the rounds'."] if spread > FAR else []
+    notes += [f"Called once, of which no spread is known: {', '.join(dict.fromkeys(once))}."] if once else []
     notes += [f"Noisy, for {run['busy']}."] if run.get("busy") else []
     absent = [f"Not measured: `{peer}`, {reason}." for peer, reason in run["absent"].items()]
     return "  \n".join([" ".join(notes), *absent])
+
+
+def _model(run):
+    """What titles call a run's model: of a checkpoint's folder the last two names, and that a name alone has no checkpoint."""
+    name = run["model"]
+    return f"{name} with random weights" if name in shapes.MODELS else "/".join(Path(name).parts[-2:])
+
+
+def _spread(row):
+    """How far a row's times lie apart, 20th to 80th percentile, as a share of their median."""
+    times = row["seconds"]
+    return (times["p80"] - times["p20"]) / times["median"]
+
+
+def _mark(row):
+    return " ~" if _spread(row) > FAR else ""
 
 
 def operation_section(run: dict) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from roberta_fast import cli
-from roberta_fast.benchmarks import parity, peers, plots, report, scaling, shapes
+from roberta_fast.benchmarks import comparison, parity, peers, plots, report, scaling, shapes
 from roberta_fast.benchmarks.exported_peers import Unsuited
 from roberta_fast.report import stock_clone
 
@@ -249,3 +249,45 @@ class TestPlots:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         assert report.draw(runs, tmp_path / "images") == 1
         assert "matplotlib is not installed: pip install matplotlib" in capsys.readouterr().err
+
+    def test_a_run_draws_its_own(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        before = {path: path.read_bytes() for path in report.IMAGES.iterdir()}
+        assert bench("--peers", "roberta_fast", "--plots", str(tmp_path / "mine")) == 0
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == ["cpu-peers.png"]
+        assert before == {path: path.read_bytes() for path in report.IMAGES.iterdir()}, "the README's stay"
+
+
+class TestWhatARunSays:
+    def test_each_stage_has_a_line_where_there_is_no_terminal(self, capsys):
+        assert bench("--peers", "roberta_fast", "--threads", "999") == 0
+        out, err = capsys.readouterr()
+        lines = [line.removeprefix("roberta-fast bench: ") for line in err.splitlines()]
+        assert lines.index("set up roberta_fast") < lines.index("check results on ragged") < lines.index("time ragged")
+        assert any(line.startswith("--threads 999 on ") for line in lines)
+        assert "Called once, of which no spread is known: ragged, dense." in out and "tiny with random weights" in out
+
+    def test_a_table_is_kept_where_a_later_one_fails(self, tmp_path, monkeypatch):
+        kept, run = tmp_path / "runs.json", comparison.Comparison.run
+
+        def interrupted(self):
+            if self.training:
+                raise KeyboardInterrupt
+            return run(self)
+
+        monkeypatch.setattr(comparison.Comparison, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench("--peers", "roberta_fast", "--modes", "eval,train", "--json", str(kept))
+        assert [found["mode"] for found in json.loads(kept.read_text())["runs"]] == ["eval"]
+
+    def test_times_that_spread_far_are_marked(self, runs):
+        run = json.loads(json.dumps(runs[0]))
+        run["model"] = "/home/somebody/models/organisation/name"
+        for row in run["rows"]:
+            row["seconds"] |= {"median": 1.0, "p20": 1.0, "p80": 1.0, "repeats": 3}
+        assert " ~" not in report.section(run) and "**organisation/name, inference" in report.section(run)
+        row = run["rows"][-1]
+        row["seconds"]["p80"] = 1.0 + 1.1 * report.FAR
+        marked = [line for line in report.section(run).splitlines() if " ~ |" in line]
+        assert len(marked) == 1 and f"`{row['peer']}`" in marked[0]
+        assert "~ marks those that do by more than 25%" in report.section(run)
