@@ -83,10 +83,23 @@ def test_embeddings_instead_of_ids(models):
     assert_same(models, inputs, exact_inputs=inputs | {"inputs_embeds": embeds.double()})
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(3, 8, dtype=torch.int64)], ids=["no mask", "all ones"])
+@pytest.mark.parametrize(
+    "mask",
+    [None, torch.ones(3, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64)],
+    ids=["no mask", "all ones", "ones for all"],
+)
 def test_nothing_padded(models, mask):
     ids = random_inputs(torch.ones(3, 8, dtype=torch.int64), models.stock.config)["input_ids"]
     assert_same(models, {"input_ids": ids, "attention_mask": mask}, torch.ones(3, 8))
+
+
+def test_one_mask_for_all_texts(models):
+    """The stock model reads the masks of texts that have none and raises, unless nothing is padded."""
+    mask = RIGHT[-1:]
+    inputs = random_inputs(mask.expand(3, -1), models.stock.config)
+    assert_same(models, inputs, mask.expand(3, -1))
+    expected = models.fast(**inputs).last_hidden_state
+    assert torch.equal(models.fast(inputs["input_ids"], attention_mask=mask).last_hidden_state, expected)
 
 
 def test_chunked_feed_forward():
