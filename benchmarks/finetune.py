@@ -88,7 +88,7 @@ CASES = {
         "squad/dev-v1.1.json",
         "eval_f1",
         ("--learning_rate", "2e-4", "--layer_lr_decay", "0.9", "--tokens_per_batch", "1024", "--num_train_epochs", "1"),
-        (600, 200),
+        (6000, 1000),
     ),
     "multi30k": Case(
         "translation",
