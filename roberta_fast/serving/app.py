@@ -34,6 +34,7 @@ _DESCRIPTIONS = {STATUS[name]: text for name, text in _ERRORS.items()} | {
 }
 _TYPE_OF_STATUS = {status: error_type for error_type, status in STATUS.items()}
 _OTHER_TYPES = {400: "validation", 404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "validation"}
+_STREAMS = {200: {"content": {"text/event-stream": {}}}}  # beside JSON
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -223,7 +224,7 @@ def _add_routes(app, service):
     @app.post(
         "/generate",
         response_model=schemas.TextGenerationResponse | list[schemas.TextGenerationResponse],
-        responses={200: {"content": {"text/event-stream": {}}}},
+        responses=_STREAMS,
     )
     async def generate(body: schemas.TextGenerationRequest, request: Request):
         """text-generation-inference's form: what follows a text, or each of a list; with ``stream``, its tokens as events."""
@@ -258,7 +259,9 @@ def _add_routes(app, service):
         "translation": translate,
         "text-generation": generate_listed,
     }
-    app.post("/", summary="The served task, in Hugging Face's form", response_model=None)(of_task[service.engine.task])
+    responses = _STREAMS if service.engine.task == "text-generation" else None
+    document = {"summary": "The served task, in Hugging Face's form", "response_model": None, "responses": responses}
+    app.post("/", **document)(of_task[service.engine.task])
 
 
 def _handle_errors(app):

@@ -255,6 +255,8 @@ def test_a_stream_s_tokens_make_the_text(server):
     assert all(event["generated_text"] is None for event in events[:-1])
     assert events[-1]["details"]["finish_reason"] == ("stop_sequence" if "e" in whole else "length")
     assert events[-1]["details"]["generated_tokens"] == len(events)
+    paths = client.get("/openapi.json").json()["paths"]
+    assert all("text/event-stream" in paths[path]["post"]["responses"]["200"]["content"] for path in ("/", "/generate"))
 
 
 def test_huggingface_hub_s_client(server):
