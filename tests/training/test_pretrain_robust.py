@@ -95,7 +95,7 @@ def test_killed_many_times(corpus, unbroken, tmp_path):
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     generator = random.Random(seed)
-    kills, steps = killed_and_resumed(corpus, tmp_path, [generator.uniform(0.0, 0.1 * number) * seconds for number in range(12)])
+    kills, steps = killed_and_resumed(corpus, tmp_path, [generator.uniform(0.0, 0.3 * number) * seconds for number in range(12)])
     assert kills >= 3 and len(set(steps)) >= 2
     assert_same_bits(tmp_path / "out", folder)
 
