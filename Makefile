@@ -63,7 +63,7 @@ $(PEERS_STAMP): pyproject.toml | $(STAMP)
 
 bench-ops: install
 	$(BIN)/pytest benchmarks/bench_*.py --benchmark-enable --benchmark-autosave --benchmark-columns=median,iqr,rounds \
-	  $(if $(COMPARE),-k roberta_fast --benchmark-compare=$(COMPARE) --benchmark-compare-fail=median:$(SLOWER)) $(ARGS)
+	  $(if $(COMPARE),--benchmark-compare=$(COMPARE) --benchmark-compare-fail=median:$(SLOWER)) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check

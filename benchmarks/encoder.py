@@ -72,8 +72,8 @@ def _parser():
     add("--dropout", type=_probability, help="all dropout probabilities of the model (default: as it has them)")
     add("--kernels", action="store_true", help="also what a call spends its time in, by kind of kernel")
     add("--scaling", action="store_true", help=f"instead: time against real tokens, padding, and length to {LONGEST}")
-    add("--json", type=Path, help="write the results there, in place of earlier ones of the same kind")
-    add("--plots", type=Path, help="draw the plots of this run into that folder")
+    add("--json", type=_results_file, help="write the results there, in place of earlier ones of the same kind")
+    add("--plots", type=_folder, help="draw the plots of this run into that folder")
     add(
         "--save",
         action="store_true",
@@ -96,7 +96,7 @@ def _prepare(args) -> list[Comparison]:
     peers = _argument("--peers", lambda text: peers_named(text, device), args.peers)
     if args.scaling:
         return [_scaling(args, device, dtype, peers if args.peers else scaling.peers(device))]
-    args.model = args.model or "roberta-base"
+    args.model = "roberta-base" if args.model is None else args.model
     models = {
         mode: _argument("--model", lambda name, m=mode: shapes.build_model(name, mode=m, dropout=args.dropout), args.model)
         for mode in args.modes
@@ -122,7 +122,7 @@ def _scaling(args, device, dtype, peers):
     for name, given in {"--text": args.text, "--lengths": args.lengths, "--dense": args.dense}.items():
         if given:
             raise ValueError(f"argument {name}: the batches of --scaling have lengths of their own")
-    name = args.model or scaling.MODEL
+    name = scaling.MODEL if args.model is None else args.model
     model = _argument("--model", shapes.build_model, name)
     longest = args.longest or min(LONGEST, longest_sequence(model.config))
     count = args.batch_size or scaling.SEQUENCES[device]
@@ -143,8 +143,13 @@ def _dense(sizes, config):
 
 def _ragged(args, config, count, longest):
     if args.text is None:
+        for name in ("longest", "batch_size"):
+            if args.lengths and getattr(args, name):
+                raise ValueError(f"argument --{name.replace('_', '-')}: --lengths says what the ragged batch is")
+        if longest > longest_sequence(config):
+            raise ValueError(f"argument --longest: {longest} is above {longest_sequence(config)}, which the model takes")
         lengths = args.lengths or shapes.ragged_lengths(count, longest)
-        argument = "--lengths" if args.lengths else "--longest"
+        argument = "--lengths" if args.lengths else "--batch-size"
         return _argument(argument, lambda values: shapes.batch_of("ragged", values, config), lengths)
     if args.lengths:
         raise ValueError("argument --lengths: the texts of --text have lengths of their own")
@@ -154,11 +159,14 @@ def _ragged(args, config, count, longest):
 def _text_batch(path, model, config, count):
     from transformers import AutoTokenizer
 
-    if model in shapes.MODELS:
-        raise ValueError(f"{model} has random weights and no tokenizer; give --model a checkpoint folder")
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is no file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if model in shapes.MODELS:
+        raise ValueError(f"{model} has random weights and no tokenizer; give --model a checkpoint folder")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no text in UTF-8: {error.reason} at byte {error.start}") from None
     if len(lines) < count:
         raise ValueError(f"{str(path)!r} has {len(lines)} texts, and --batch-size wants {count}")
     spread = [lines[i * len(lines) // count] for i in range(count)]
@@ -185,6 +193,25 @@ def _probability(text):
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not from 0 on and below 1")
     return value
+
+
+def _results_file(text):
+    path = Path(text)
+    _folder(path.parent)
+    if path.exists():
+        try:
+            report.load_file(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} holds no results to write beside: {error}") from None
+    return path
+
+
+def _folder(text):
+    """A folder to write to, which may be yet to be made."""
+    found = next(path for path in (Path(text).absolute(), *Path(text).absolute().parents) if path.exists())
+    if not (found.is_dir() and os.access(found, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{str(found)!r} is no folder to write to")
+    return Path(text)
 
 
 def _integers(text):

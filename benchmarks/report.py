@@ -65,11 +65,16 @@ def draw(runs: list[dict] | None = None, images: Path | None = None) -> int:
 
 def save(path: Path, results: list[dict]) -> None:
     """Writes results to ``path``, in place of those there that measured the same thing; others stay."""
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    runs = load_file(path) if path.exists() else []
     replaced = {key(result) for result in results}
     runs = [r for r in runs if key(r) not in replaced] + results
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"runs": runs}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_file(path: Path) -> list[dict]:
+    """The runs that ``save`` wrote there. Raises OSError, ValueError, KeyError or TypeError where the file holds none."""
+    return json.loads(path.read_text(encoding="utf-8"))["runs"]
 
 
 def slug(env: dict) -> str:
@@ -211,10 +216,13 @@ def scaling_section(run: dict) -> str:
 
 def _notes(run, notes):
     """What is to be said below a run's table; each absent peer has a line."""
-    spread, once = max(map(_spread, run["rows"])), [row["batch"] for row in run["rows"] if row["seconds"]["repeats"] == 1]
-    notes = [*notes, f"Times spread by at most {spread:.0%} of their median (20th to 80th percentile)."]
-    notes += [f"~ marks those that do by more than {FAR:.0%}; a ratio is the median of the rounds'."] if spread > FAR else []
-    notes += [f"Called once, of which no spread is known: {', '.join(dict.fromkeys(once))}."] if once else []
+    once = dict.fromkeys(row["batch"] for row in run["rows"] if row["seconds"]["repeats"] == 1)
+    spreads, notes = [_spread(row) for row in run["rows"] if row["batch"] not in once], list(notes)
+    if spreads:
+        notes += [f"Times spread by at most {max(spreads):.0%} of their median (20th to 80th percentile)."]
+        if max(spreads) > FAR:
+            notes += [f"~ marks those that do by more than {FAR:.0%}; a ratio is the median of the rounds'."]
+    notes += [f"Called once, of which no spread is known: {', '.join(once)}."] if once else []
     notes += [f"Noisy, for {run['busy']}."] if run.get("busy") else []
     absent = [f"Not measured: `{peer}`, {reason}." for peer, reason in run["absent"].items()]
     return "  \n".join([" ".join(notes), *absent])

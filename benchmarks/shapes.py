@@ -190,7 +190,8 @@ def batch_of(name: str, lengths: Sequence[int], config, seed: int = 0, padded_to
 
     limit, seqlen = longest_sequence(config), padded_to or max(lengths, default=0)
     if not lengths or min(lengths) < 1 or max(lengths) > seqlen or seqlen > limit:
-        raise ValueError(f"lengths must be from 1 to {limit}, which the model takes, got {list(lengths)}")
+        wrong = next((length for length in lengths if not 1 <= length <= min(seqlen, limit)), seqlen)
+        raise ValueError(f"lengths must be from 1 to {limit}, which the model takes, got {wrong}")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(min(10, config.vocab_size - 1), config.vocab_size, (len(lengths), seqlen), generator=generator)
     mask = (torch.arange(seqlen) < torch.tensor(lengths)[:, None]).long()

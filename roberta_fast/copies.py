@@ -124,15 +124,16 @@ def _made(options, parts, norm):
 
 
 def copies_of(layer: nn.Module, parts: LayerParts) -> Int8Linears | Fp8Linears | None:
-    """What the layer computes with in 8 bits, or None. Copies of a weight that is no longer there are dropped.
+    """What the layer computes with in 8 bits, or None. Copies of a weight or bias that is no longer there are dropped.
 
     Raises RuntimeError where a linear was replaced and the fp32 weights of the others were released.
     """
     if isinstance(layer.copies, str):
         return None
-    for name, source in zip(layer.copies.reads, layer.copies.sources, strict=True):
+    for name, weight, bias in zip(layer.copies.reads, layer.copies.sources, layer.copies.biases, strict=True):
         module = getattr(parts, name)
-        if not is_plain(module, nn.Linear if name in LINEARS else nn.LayerNorm) or module.weight is not source:
+        plain = is_plain(module, nn.Linear if name in LINEARS else nn.LayerNorm)
+        if not plain or module.weight is not weight or module.bias is not bias:
             drop(layer, f"a replaced {name} ({type(module).__name__})")
             return None
     return layer.copies

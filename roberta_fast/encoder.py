@@ -175,17 +175,17 @@ class FastEncoder(graphs.GraphHolder, Reporting):
         if self.fast_options.precision is None:
             return False
         layers = [unwrapped(layer) for layer in self.layer]
-        own = "fp32" if hidden_states.dtype == torch.float32 else "the model's own precision"
         reason = copies.call_objection(self, hidden_states)
         if self.fast_options.precision == "fp8":
             copies.check_bounds(layers, *self.norm_before)
             if watched:
                 reason = reason or "who sees hidden states between the layers might change them, and fp8 relies on their bounds"
         if reason and copies.any_released(layers):
-            raise RuntimeError(f"roberta_fast: the layers would compute in fp32, {reason}, {copies.RELEASED}")
+            raise RuntimeError(f"roberta_fast: the layers would not compute in 8 bits, {reason}, {copies.RELEASED}")
         missing = next((f"8-bit weights: {layer.copies}" for layer in layers if isinstance(layer.copies, str)), None)
         if not self.training and (reason or missing):  # training without copies is no surprise
-            self._report(self.fp32_calls, f"computes in {own}", f"layers would compute in {own}", reason or missing)
+            what, would = "does not compute in 8 bits", "layers would not compute in 8 bits"
+            self._report(self.fp32_calls, what, would, reason or missing)
         return reason is None
 
     def _reads_prepacked(self, hidden_states: torch.Tensor) -> bool:

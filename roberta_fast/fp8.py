@@ -58,7 +58,8 @@ class Fp8Linears(NamedTuple):
 
     context_inverse: [H, D], the factors by which its attention rounds its result; following: those of its last LayerNorm, for the
     next layer.
-    sources: the weights of the modules ``reads`` that scales and copies are of. before: that of the LayerNorm before the layer.
+    sources, biases: those of the modules ``reads``, weights and biases, that scales and copies are of. before: the weight of the
+    LayerNorm before the layer.
     """
 
     projections: Fp8Linear
@@ -68,6 +69,7 @@ class Fp8Linears(NamedTuple):
     context_inverse: torch.Tensor
     following: torch.Tensor
     sources: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor | None, ...]
     before: torch.Tensor
 
     precision = "fp8"
@@ -97,6 +99,7 @@ class Fp8Linears(NamedTuple):
             fixed(context.inverse.view(-1, parts.attention.attention_head_size)),
             fixed(inverse_of(layer_norm_bound(parts.output_norm.weight, parts.output_norm.bias))),
             tuple(getattr(parts, name).weight for name in cls.reads),
+            tuple(getattr(parts, name).bias for name in cls.reads),
             norm.weight,
         )
 

@@ -30,13 +30,14 @@ class Int8Linear(NamedTuple):
 
 
 class Int8Linears(NamedTuple):
-    """The products of one layer. sources: the fp32 weights of ``LINEARS`` that were copied."""
+    """The products of one layer. sources, biases: the fp32 weights and biases of ``LINEARS`` that were copied."""
 
     projections: Int8Linear
     attention_output: Int8Linear
     intermediate: Int8Linear
     output: Int8Linear
     sources: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor | None, ...]
 
     precision = "int8"
     operations = ("int8_linear", "int8_feed_forward")
@@ -67,8 +68,12 @@ class Int8Linears(NamedTuple):
             weight = Int8Weight(*map(fixed, weight[:3]), weight.shape)
             return Int8Linear(weight, joined_bias([getattr(parts, name) for name in names]))
 
-        sources = tuple(getattr(parts, name).weight for name in LINEARS)
-        return cls(joined("query", "key", "value"), *(joined(name) for name in LINEARS[3:]), sources)
+        return cls(joined("query", "key", "value"), *(joined(name) for name in LINEARS[3:]), (), ()).stands_for(parts)
+
+    def stands_for(self, parts: LayerParts) -> "Int8Linears":
+        """The same, in place of the weights and biases that ``parts`` has now."""
+        modules = [getattr(parts, name) for name in LINEARS]
+        return self._replace(sources=tuple(m.weight for m in modules), biases=tuple(m.bias for m in modules))
 
     def query_key_value(self, rows: torch.Tensor, batch: PackedBatch, head_dim: int) -> tuple[torch.Tensor, ...]:
         """rows [N, C] to the three projections [N, H, head_dim], where the rows of a head follow each other."""

@@ -23,9 +23,9 @@ class FastOptions:
         ``"ignore"`` it; ``explain`` shows the reason in any case.
     deterministic: a text gives bitwise the same outputs from run to run, alone, in any batch, at any place in it and on any
         number of threads, heads included; a step gives the same gradients from run to run. What cannot promise that raises:
-        on CPU, dtypes other than float32 and an install without the C++ extension, and all calls that take the stock path.
-        Linear layers become ``roberta_fast.deterministic.Linear``. Of PyTorch's own activations only exact GELU, ReLU and tanh
-        keep the promise.
+        on CPU, dtypes other than float32, and than bfloat16 where the processor multiplies that, an install without the C++
+        extension, and all calls that take the stock path. Linear layers become ``roberta_fast.deterministic.Linear``. Of
+        PyTorch's own activations only exact GELU, ReLU and tanh keep the promise.
     precision: None computes in the model's own; ``"int8"`` makes 8-bit copies of the layers' linear weights when
         ``accelerate_model`` is called, and computes with them in inference on CPU; ``"fp8"`` likewise in inference on a GPU.
         ``train()``, ``load_state_dict`` and a change of dtype or device drop the copies; calls that record gradients do without

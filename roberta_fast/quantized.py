@@ -40,7 +40,7 @@ def release_weights(model: nn.Module) -> nn.Module:
     for layer in layers:
         parts = layer_parts(layer)
         _set_released(parts)
-        layer.copies = layer.copies._replace(sources=tuple(getattr(parts, name).weight for name in LINEARS))
+        layer.copies = layer.copies.stands_for(parts)
     refuse_training(model)
     return model.requires_grad_(False)
 
@@ -55,6 +55,8 @@ def save_quantized(model: PreTrainedModel, folder: str | Path) -> None:
         raise ValueError(
             f"model must be a Hugging Face model (of a SentenceTransformer: model[0].auto_model), got {type(model).__name__}"
         )
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"folder {str(folder)!r} is a file")
     tensors = {name: tensor.detach() for name, tensor in _named_tensors(model) if not isinstance(tensor, ReleasedWeight)}
     names = {module: name for name, module in model.named_modules()}
     for layer in _int8_layers(model):
@@ -83,6 +85,8 @@ def load_quantized(folder: str | Path, model_class: type | None = None, **overri
     model_class: by default the class that was saved. overrides: fields of ``FastOptions``, as for ``accelerate_model``.
     Raises ValueError naming what is wrong with the folder, its files or the class.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"folder must be a path, got {folder!r}")
     folder = Path(folder)
     for name in (FILE, "config.json"):
         if not (folder / name).is_file():
@@ -100,10 +104,12 @@ def load_quantized(folder: str | Path, model_class: type | None = None, **overri
     model.tie_weights()
     accelerate_model(model.eval(), **{**overrides, "precision": "int8"})
     names = {module: name for name, module in model.named_modules()}
-    for encoder in fast_encoders(model):
-        for layer in map(unwrapped, encoder.layer):
-            _fill(layer, tensors, names, folder)
+    layers = [unwrapped(layer) for encoder in fast_encoders(model) for layer in encoder.layer]
+    for layer in layers:
+        _fill(layer, tensors, names, folder)
     _fill_rest(model, tensors, folder)
+    for layer in layers:
+        layer.copies = layer.copies.stands_for(layer_parts(layer))
     refuse_training(model)
     return model.requires_grad_(False)
 

@@ -214,7 +214,8 @@ def _kind(module):
 class Parity:
     """How far the accelerated model is from the stock one on a batch, over the outputs at real tokens.
 
-    max_abs_difference: max |fast - stock|, in the outputs' unit. cosine: the least cosine similarity of a row of an output.
+    max_abs_difference: max |fast - stock|, in the outputs' unit. cosine: the least cosine similarity of a row of an output: of a
+    token's features, of the tokens of a text where each has one number, of all texts' numbers where each has one.
     outputs: ``{name: max |fast - stock|}``.
     """
 
@@ -247,9 +248,9 @@ def check_parity(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Parity:
     mask = batch.get("attention_mask")
     differences, cosines = {}, [1.0]
     for name, value in theirs.items():
-        a, b = (_real(t, mask).double() for t in (ours[name], value))
+        a, b = (_rows(t, mask).double() for t in (ours[name], value))
         differences[name] = (a - b).abs().max().item() if a.numel() else 0.0
-        if a.numel() and a.dim() > 1 and a.shape[-1] > 1:
+        if a.numel() and a.shape[-1] > 1:
             cosines.append(nn.functional.cosine_similarity(a, b, dim=-1).min().item())
     # numpy's max and min, unlike Python's, keep what is not a number.
     return Parity(float(np.max([0.0, *differences.values()])), float(np.min(cosines)), differences)
@@ -286,5 +287,12 @@ def _tensors(output, name=""):
         yield from _tensors(value, f"{name}[{key}]" if name else str(key))
 
 
-def _real(value, mask):
-    return value[mask.bool()] if mask is not None and value.shape[:2] == mask.shape else value
+def _rows(value, mask):
+    """The real tokens' features as rows [N, C]; where a token has one number, those of texts [B, S], zeros at padding; where a
+    text has one, all of them [1, B]."""
+    if mask is not None and value.shape[:2] == mask.shape:
+        real = mask.bool()
+        if value.dim() == 2:
+            return value.masked_fill(~real, 0)[real.any(1)]
+        value = value[real]
+    return value if value.dim() > 1 and value.shape[-1] > 1 else value.reshape(1, -1)

@@ -224,13 +224,22 @@ class TestEncoder:
             (["--peers", "roberta_fast,onnx"], "argument --peers: 'onnx' is not one of"),
             (["--scaling", "--lengths", "3"], "argument --lengths: the batches of --scaling"),
             (["--scaling", "--modes", "eval,train"], "argument --modes: --scaling measures inference, not eval,train"),
-            (["--lengths", "3,500"], "argument --lengths: lengths must be from 1 to 128"),
+            (["--model", "tiny", "--lengths", "3,500"], "argument --lengths: lengths must be from 1 to 128"),
             (["--lengths", "3,x"], "argument --lengths: 'x' is not a whole number"),
-            (["--longest", "129"], "argument --longest: lengths must be from 1 to 128"),
+            (["--longest", "129"], "argument --longest: 129 is above 128, which the model takes"),
             (["--dense", "2x129"], "argument --dense: lengths must be from 1 to 128"),
             (["--dense", "2*8"], "argument --dense: '2*8' is not BxS"),
             (["--threads", "0"], "argument --threads: '0' is not a whole number from 1 on"),
-            (["--text", "no-such-file"], "argument --text: tiny has random weights and no tokenizer"),
+            (["--text", "no-such-file"], "argument --text: 'no-such-file' is no file"),
+            (["--text", __file__], "argument --text: tiny has random weights and no tokenizer"),
+            (["--model", ""], "argument --model: '' is neither"),
+            (["--json", "."], "argument --json: '.' holds no results to write beside"),
+            (["--json", __file__], f"argument --json: {__file__!r} holds no results to write beside"),
+            (["--plots", __file__], f"argument --plots: {__file__!r} is no folder to write to"),
+            (
+                ["--model", "tiny", "--lengths", "3,4", "--batch-size", "2"],
+                "argument --batch-size: --lengths says what the ragged batch is",
+            ),
             (["--text", "a", "--lengths", "3"], "argument --lengths: the texts of --text have lengths of their own"),
             (["--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
         ],
@@ -238,7 +247,7 @@ class TestEncoder:
     )
     def test_bad_arguments_are_named(self, capsys, arguments, message):
         with pytest.raises(SystemExit) as exit_:
-            bench(*arguments)
+            cli.main(["bench", *([] if "--lengths" in arguments else SMALL), *arguments])
         assert exit_.value.code == 2 and message in capsys.readouterr().err
 
     def test_saved_results_go_by_the_machine(self, tmp_path, monkeypatch):

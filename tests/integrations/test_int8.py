@@ -13,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertModel,
+    RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
 )
 
@@ -188,7 +189,7 @@ def test_what_drops_the_copies(name, stock, model, inputs):
     change(model)
     if name.startswith("another"):
         logits(model, inputs)  # notices
-    with pytest.warns(RuntimeWarning, match="computes in fp32: 8-bit weights: " + reason):
+    with pytest.warns(RuntimeWarning, match="does not compute in 8 bits: 8-bit weights: " + reason):
         fp32 = logits(model, inputs)
     rounded = copy.deepcopy(stock)
     cast(rounded) if name == "dtype" else None
@@ -258,7 +259,9 @@ def test_lora(stock, inputs):
 
 def test_gradients_are_the_fp32_ones(stock, model, inputs):
     """A call that records gradients, in eval or training, computes in fp32 and says so."""
-    with pytest.warns(RuntimeWarning, match=r"computes in fp32: gradients are recorded, which torch.inference_mode\(\)"):
+    with pytest.warns(
+        RuntimeWarning, match=r"does not compute in 8 bits: gradients are recorded, which torch.inference_mode\(\)"
+    ):
         loss = model(**inputs).logits.square().sum()
     loss.backward()
     wanted = accelerate_model(stock)(**inputs).logits.square().sum()
@@ -289,12 +292,32 @@ def test_autocast_computes_as_it_would(stock, model, inputs):
 
 def test_errors_instead_of_fp32(model, inputs):
     accelerate_model(model, precision="int8", on_unsupported="error")
-    with pytest.raises(NotImplementedError, match="layers would compute in fp32, gradients are recorded"):
+    with pytest.raises(NotImplementedError, match="layers would not compute in 8 bits, gradients are recorded"):
         model(**inputs)
     model.train()(**inputs)  # training is in fp32 by definition
     model.eval()
-    with pytest.raises(NotImplementedError, match=r"layers would compute in fp32, 8-bit weights: train\(\) dropped them"):
+    with pytest.raises(NotImplementedError, match=r"layers would not compute in 8 bits, 8-bit weights: train\(\) dropped them"):
         logits(model, inputs)
+
+
+@pytest.mark.parametrize(("model_class", "labels"), [(RobertaForQuestionAnswering, 2), (RobertaForSequenceClassification, 1)])
+def test_parity_of_single_numbers(model_class, labels, inputs):
+    """A number a token or a text has a cosine too, which stale copies lower."""
+    model = accelerate_model(tiny(model_class, num_labels=labels), precision="int8")
+    assert 0.99 < check_parity(model, inputs).cosine < 1
+    with torch.no_grad():
+        for layer in model.roberta.encoder.layer:
+            layer.output.dense.weight.mul_(-3)
+    assert check_parity(model, inputs).cosine < 0.9
+
+
+@pytest.mark.parametrize("bias", [nn.Parameter(torch.ones(160)), None], ids=["another", "none"])
+@pytest.mark.filterwarnings("ignore:roberta_fast")
+def test_a_replaced_bias(stock, model, inputs, bias):
+    for changed in (stock, model):
+        changed.roberta.encoder.layer[1].intermediate.dense.bias = bias
+    assert (logits(model, inputs) - logits(stock, inputs)).abs().max() < 0.1
+    assert int8_layers(model) == 2 and "a replaced intermediate (Linear) dropped them" in str(explain(model))
 
 
 @pytest.mark.filterwarnings("ignore:roberta_fast")
@@ -302,7 +325,7 @@ def test_weights_that_cannot_be_copied(stock, inputs):
     half = accelerate_model(copy.deepcopy(stock).bfloat16(), precision="int8")
     assert "query is torch.bfloat16 on cpu; they serve float32 on the CPU" in str(explain(half))
     assert not set(explain(half).backends) & set(Int8Linears.operations), "what nothing computes with has no line"
-    with pytest.warns(RuntimeWarning, match="computes in the model's own precision: 8-bit weights: query is torch.bfloat16"):
+    with pytest.warns(RuntimeWarning, match="does not compute in 8 bits: 8-bit weights: query is torch.bfloat16"):
         logits(half, inputs)
     with torch.no_grad():
         stock.roberta.encoder.layer[1].intermediate.dense.weight[0, 0] = torch.nan

@@ -74,7 +74,7 @@ WITHOUT_FP32 = {
     ),
     "copying": (lambda m, i: m.roberta.encoder.layer[0].output.dense.weight.clone(), RuntimeError, "needs a weight, but release"),
     "autocast": (
-        lambda m, i: torch.autocast("cpu", torch.bfloat16)(m)(**i), RuntimeError, "would compute in fp32, autocast .* but release"
+        lambda m, i: torch.autocast("cpu", torch.bfloat16)(m)(**i), RuntimeError, "not compute in 8 bits, autocast .* but release"
     ),
     "another linear": (
         lambda m, i: (replace_output(m), logits(m, i)), RuntimeError, r"a replaced output \(Linear\) needs the fp32 weights"
