@@ -16,7 +16,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEncoder as Stock
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, _active_collector
 
-from roberta_fast import copies, embeddings, first_token, graphs, heads, padding_mask, prepacked
+from roberta_fast import copies, embeddings, first_token, graphs, heads, padding_mask, prepacked, span_heads
 from roberta_fast.decoding import DecoderCall
 from roberta_fast.deterministic import set_deterministic
 from roberta_fast.families import (
@@ -184,8 +184,7 @@ class FastEncoder(graphs.GraphHolder, Reporting):
             raise RuntimeError(f"roberta_fast: the layers would not compute in 8 bits, {reason}, {copies.RELEASED}")
         missing = next((f"8-bit weights: {layer.copies}" for layer in layers if isinstance(layer.copies, str)), None)
         if not self.training and (reason or missing):  # training without copies is no surprise
-            what, would = "does not compute in 8 bits", "layers would not compute in 8 bits"
-            self._report(self.fp32_calls, what, would, reason or missing)
+            self._report(self.fp32_calls, "does not compute in 8 bits", "layers would not compute in 8 bits", reason or missing)
         return reason is None
 
     def _reads_prepacked(self, hidden_states: torch.Tensor) -> bool:
@@ -380,6 +379,7 @@ _MADE_OF = {
     "masked_lm": (heads.FastLanguageModel, functools.partial(heads.fused_forward, causal=False)),
     "causal_lm": (heads.FastLanguageModel, functools.partial(heads.fused_forward, causal=True)),
     "base": (embeddings.FastBaseModel, embeddings.packed_forward),
+    "question_answering": (span_heads.FastSpanHead, span_heads.masked_forward),
     **dict.fromkeys(FIRST_TOKEN_HEADS, (first_token.FastHead, first_token.first_row_forward)),
 }
 

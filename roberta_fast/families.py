@@ -76,6 +76,7 @@ class Family(NamedTuple):
     base = property(lambda self: self.prefix and f"{self.prefix}Model")
     classifier = property(lambda self: self.prefix and f"{self.prefix}ForSequenceClassification")
     multiple_choice = property(lambda self: self.prefix and f"{self.prefix}ForMultipleChoice")
+    question_answering = property(lambda self: self.prefix and f"{self.prefix}ForQuestionAnswering")
     next_sentence = property(lambda self: f"{self.prefix}ForNextSentencePrediction" if self.prefix in ("Bert", "Ernie") else None)
 
     def stock_class(self, role: str) -> type[nn.Module]:
@@ -272,7 +273,7 @@ def unwrapped(layer: nn.Module) -> nn.Module:
 
 LANGUAGE_MODELS = ("masked_lm", "causal_lm")
 FIRST_TOKEN_HEADS = ("classifier", "multiple_choice", "next_sentence")
-MODELS = (*LANGUAGE_MODELS, "base", *FIRST_TOKEN_HEADS)
+MODELS = (*LANGUAGE_MODELS, "base", "question_answering", *FIRST_TOKEN_HEADS)
 ROLES = ("layer", "encoder", *MODELS)
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _STOCK_CLASSES = {

@@ -202,7 +202,11 @@ def test_a_slower_kernel_fails_the_comparison_with_a_saved_run(tmp_path):
         wanted = "-k 'pack and forward and 384' --benchmark-storage=file://" + str(tmp_path)
         settings = [f"{name}={value}" for name, value in {"ARGS": wanted, **variables}.items()]
         recipe = subprocess.run(
-            ["make", "--dry-run", "bench-ops", *settings], cwd=ROOT, capture_output=True, text=True, check=True
+            ["make", "--no-print-directory", "--dry-run", "bench-ops", *settings],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         command = recipe.stdout[recipe.stdout.index(".venv/bin/pytest") :].replace(".venv/bin", str(Path(sys.executable).parent))
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # it measures alone
