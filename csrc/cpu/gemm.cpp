@@ -55,7 +55,10 @@ ALWAYS_INLINE void tile(const Product& p, const Later& wanted, int64_t row, int6
   float* c = p.c + row * ldc + column;
   // Streamed, these are the rows of a of the next tile, asked for in the order in which they lie.
   const float* later = ORDER == Order::asking ? wanted.memory + row * wanted.each : p.a + (row + TILE_ROWS) * lda;
-  const int64_t step = ORDER == Order::asking ? sizeof...(I) / VECTORS * wanted.each / std::max<int64_t>(p.depth, 1) : TILE_ROWS;
+  constexpr uint64_t UNIT = ORDER == Order::asking ? 64 : 1;  // parts of a float: each row asks for less than one with each term
+  const int64_t height = sizeof...(I) / VECTORS;
+  const uint64_t step = ORDER == Order::asking ? UNIT * height * wanted.each / std::max<int64_t>(p.depth, 1) : TILE_ROWS;
+  uint64_t asked = 0;
   // Summed in runs of DEPTH terms, so that rounding errors grow with the length of a run and the number of runs, not both.
   for (int64_t done = 0; done < p.depth; done += DEPTH) {
     Vector sums[sizeof...(I)] = {};
@@ -66,7 +69,8 @@ ALWAYS_INLINE void tile(const Product& p, const Later& wanted, int64_t row, int6
     for (int64_t k = std::min<int64_t>(DEPTH, p.depth - done); k > 0; --k) {
       const Vector row_of_b[] = {load<Vector>(b + V * W)...};
       if constexpr (ORDER != Order::asking) (__builtin_prefetch(b + AHEAD * ldb + V * W), ...);
-      if constexpr (STREAMED || ORDER == Order::asking) __builtin_prefetch(later += step, 0, ORDER == Order::passing ? 0 : 2);
+      if constexpr (STREAMED || ORDER == Order::asking)
+        __builtin_prefetch(later + (asked += step) / UNIT, 0, ORDER == Order::passing ? 0 : 2);
       ((sums[I] = add_product<Isa>(sums[I], a[I / VECTORS * (TRANSPOSED ? 1 : lda)], row_of_b[I % VECTORS])), ...);
       a += TRANSPOSED ? lda : 1;
       b += ldb;

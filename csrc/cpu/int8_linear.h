@@ -7,7 +7,7 @@
 
 #include "attention.h"
 #include "int8_rows.h"
-#include "linear.h"
+#include "product.h"
 
 #if ROBERTA_FAST_X86
 namespace roberta_fast {

@@ -1,12 +1,12 @@
 // y = GELU(x W^T + b) and its gradient; formulas and contract in roberta_fast/ops/linear_gelu.py.
-// Forward is the product of linear.h with a GELU behind it. Backward is two more products; derivative and bias gradient are
+// Forward is the product of product.h with a GELU behind it. Backward is two more products; derivative and bias gradient are
 // one pass over du.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common.h"
-#include "linear.h"
+#include "product.h"
 #include "vmath.h"
 
 namespace roberta_fast {
@@ -110,6 +110,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_bwd(const at::Tensor&
 }
 
 }  // namespace
+
+Activation gelu_named(std::string_view approximate) {
+  TORCH_CHECK_VALUE(approximate == "none" || approximate == "tanh", "approximate must be 'none' or 'tanh', got '", approximate,
+                    "'");
+  return approximate == "none" ? Activation::gelu_erf : Activation::gelu_tanh;
+}
 
 TORCH_LIBRARY_FRAGMENT(roberta_fast_cpp, m) {
   m.def(

@@ -84,6 +84,9 @@ ALWAYS_INLINE Exponential<Isa> exponential(const Floats<Isa>& x, const Floats<Is
 // x * 2^n for integral n in [-252, 254]; rounds once where the result is subnormal.
 template <class Isa>
 ALWAYS_INLINE Floats<Isa> scaled(const Floats<Isa>& x, const Floats<Isa>& n) {
+#if ROBERTA_FAST_GCC_X86
+  if constexpr (Isa::WIDTH == 16) return __builtin_ia32_scalefps512_mask(x, n, x, -1, 4);
+#endif
   const Ints<Isa> exponent = __builtin_convertvector(n, Ints<Isa>), half = exponent >> 1;
   return x * bits_as<Floats<Isa>>((half + 127) << 23) * bits_as<Floats<Isa>>((exponent - half + 127) << 23);
 }
@@ -181,13 +184,12 @@ ALWAYS_INLINE GaussianTail<Isa> gaussian_tail(const Floats<Isa>& t) {
 // GELU(u) = max(u, 0) - |u| Phi(-|u|): no cancellation for u < 0, where Phi = (1 + erf) / 2 loses every digit.
 template <class Isa>
 ALWAYS_INLINE Floats<Isa> tail_argument(const Floats<Isa>& u, float most) {
-  const Floats<Isa> t = absolute<Isa>(u);
-  return select<Isa>(t > most, Floats<Isa>{} + most, t);
+  return smaller<Isa>(absolute<Isa>(u), Floats<Isa>{} + most);
 }
 
 template <class Isa>
 ALWAYS_INLINE Floats<Isa> relu(const Floats<Isa>& u) {
-  return select<Isa>(u > 0.0f, u, Floats<Isa>{});
+  return larger<Isa>(Floats<Isa>{}, u);
 }
 
 // Below 2 ulp for every finite u with fused multiply-add, subnormal results included.

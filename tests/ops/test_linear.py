@@ -148,6 +148,20 @@ def test_kernels_match_the_reference(name, backend):
     check(fast, composed(case, inputs, dy), composed(case, in_double(inputs), dy.double()))
 
 
+@pytest.mark.skipif(dispatch.load_cpp() is not None, reason=str(dispatch.load_cpp()))
+@pytest.mark.parametrize("case", [
+    Case(1100, 128, 40, residual=True), Case(1100, 128, 1200, residual=True), Case(1100, 70, 40), Case(2200, 960, 8, residual=True),
+    Case(2200, 960, 1200, bias=False), Case(1100, 128, 40, strided=True),
+], ids=["whole panels", "several steps", "a part of a panel", "past the caches", "too deep for that", "strided"])  # fmt: skip
+def test_many_rows_on_the_cpu(case):
+    """Weights are packed on the way where they make whole panels, and large results are written past the caches."""
+    inputs, dy = case.inputs()
+    check(run(case, inputs, dy, "cpp"), composed(case, inputs, dy), composed(case, in_double(inputs), dy.double()))
+    y = linear(*inputs[:3], residual=inputs[3], backend="cpp", deterministic=True)
+    last = linear(inputs[0][-5:], *inputs[1:3], residual=inputs[3] if inputs[3] is None else inputs[3][-5:], deterministic=True)
+    assert torch.equal(y[-5:], last)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [
     Case(1000, 768, 768, hidden=1048, residual=True, dtype=torch.bfloat16),

@@ -32,6 +32,16 @@ template <class Element>
 void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& packed,
                    const Epilogue<Element>& epilogue, bool deterministic, at::Tensor& y);
 
+// A float32 weight [m, k] as multiply_rows reads it fastest: [m / 64 rounded up, k, 64], zeros behind m.
+at::Tensor prepack(const at::Tensor& weight);
+
+// True where this product beats PyTorch's at any number of rows. MKL uses AVX-512 on Intel's processors alone: on a Zen 5 it took
+// twice the time, copies of transposed operands included.
+bool outruns_pytorch();
+
+// Whether there are products of bfloat16: tests may have asked for an older instruction set.
+bool multiplies_bfloat16();
+
 // a [n, k] times b [k, m], float32 or bfloat16, by that product where it is faster than PyTorch's: float32 only. into: where it
 // goes, contiguous, or nothing for a new tensor.
 at::Tensor multiply_matrices(const at::Tensor& a, const at::Tensor& b, at::Tensor into = {});
