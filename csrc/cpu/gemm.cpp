@@ -158,6 +158,10 @@ TARGET_AVX512BF16 void multiply_streamed<Avx512Bf16>(const Product& p) {
   multiply_from_memory<Avx512Bf16>(p);
 }
 template <>
+TARGET_AVX512BF16 void multiply_asking<Avx512Bf16>(const Product& p, const float* later, int64_t each) {
+  multiply_all<Avx512Bf16, Order::asking>(p, {later, each});
+}
+template <>
 TARGET_AVX2 void multiply<Avx2>(const Product& p) {
   multiply_all<Avx2, Order::rows>(p);
 }

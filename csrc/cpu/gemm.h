@@ -10,7 +10,7 @@ constexpr int64_t DEPTH = 192;
 
 // c[r][j] (+)= sum over k of a(r, k) * b[k][j], for r < rows, j < vectors * WIDTH, k < depth.
 // a(r, k) is a[r * lda + k], or a[k * lda + r] where a is transposed; rows of b and c are whole vectors. For Avx512Bf16, which
-// has the first two products alone, a(r, k) and b[k][j] are pairs of bfloat16, and their product is the sum of both products.
+// has no transposed a, a(r, k) and b[k][j] are pairs of bfloat16, and their product is the sum of both products.
 struct Product {
   const float* a;
   int64_t lda;

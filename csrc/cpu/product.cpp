@@ -127,7 +127,6 @@ ALWAYS_INLINE void take_panel(const Linear<Element>& p, int64_t first, int64_t c
 
 template <class Isa, class Element>
 ALWAYS_INLINE void multiply_panel(const Linear<Element>& p, int64_t task, int64_t) {
-  constexpr bool FLOATS = std::is_same_v<Element, float>;
   const int64_t chunk = task / p.panels, begin = p.rows * chunk / p.chunks, end = p.rows * (chunk + 1) / p.chunks;
   const int64_t first = task % p.panels * PANEL, columns = std::min(PANEL, p.columns - first);
   // The panel that is probably this thread's next, where its rows follow each other: 0.97 of the time with 605 rows on a Zen 5.
@@ -146,11 +145,7 @@ ALWAYS_INLINE void multiply_panel(const Linear<Element>& p, int64_t task, int64_
       if (last) prefetch_for_finish(p, row, rows, first, columns);
       const float* x = p.x + row * p.stride_x + k;
       const Product product{x, p.stride_x, weight, PANEL, sums, PANEL, rows, vectors<Isa>(columns), terms, k > 0};
-      if (FLOATS && next) {
-        if constexpr (FLOATS) multiply_asking<Isa>(product, next + (row - begin) * each, each);
-      } else {
-        multiply<Isa>(product);
-      }
+      next ? multiply_asking<Isa>(product, next + (row - begin) * each, each) : multiply<Isa>(product);
       if (last) finish<Isa>(p, sums, PANEL, row, rows, first, columns);
     }
   }
@@ -202,9 +197,9 @@ ALWAYS_INLINE void multiply_few_rows(const Linear<Element>& p, int64_t begin, in
 ROBERTA_FAST_KERNEL(multiply_few_rows, Linear<float>)
 ROBERTA_FAST_BF16_KERNEL(multiply_few_rows, Linear<at::BFloat16>)
 
-// A share of the panels, for a block of rows. Where steps make a sum, it grows in y, or in scratch where y has no whole panel.
-template <class Isa>
-ALWAYS_INLINE void multiply_packed(const Linear<float>& p, int64_t task, int64_t shares) {
+// A share of the panels, for a block of rows. Where steps make a sum, it grows in scratch, [panels of the share, rows, PANEL].
+template <class Isa, class Element>
+ALWAYS_INLINE void multiply_packed(const Linear<Element>& p, int64_t task, int64_t shares) {
   const int64_t begin = task / shares * p.chunk_rows, end = std::min(begin + p.chunk_rows, p.rows);
   const int64_t share = task % shares, first_panel = p.panels * share / shares, last_panel = p.panels * (share + 1) / shares;
   for (int64_t k = 0; k < p.depth || k == 0; k += STEP)
@@ -217,47 +212,50 @@ ALWAYS_INLINE void multiply_packed(const Linear<float>& p, int64_t task, int64_t
       const int64_t each = terms * PANEL / (end - begin);
       for (int64_t row = begin; row < end; row += ROWS) {
         const int64_t rows = std::min(ROWS, end - row);
-        const bool in_y = !whole && columns == PANEL;
-        float* sums = in_y ? p.y + row * p.columns + first : p.scratch + (whole ? 0 : (row - begin) * PANEL);
-        const int64_t stride = in_y ? p.columns : PANEL;
+        float* sums = p.scratch + (whole ? 0 : ((panel - first_panel) * p.chunk_rows + row - begin) * PANEL);
         if (last) prefetch_for_finish(p, row, rows, first, columns);
         multiply_asking<Isa>(
-            {p.x + row * p.stride_x + k, p.stride_x, weight, PANEL, sums, stride, rows, PANEL / Isa::WIDTH, terms, k > 0},
+            {p.x + row * p.stride_x + k, p.stride_x, weight, PANEL, sums, PANEL, rows, PANEL / Isa::WIDTH, terms, k > 0},
             next + (row - begin) * each, each);
-        if (last) finish<Isa>(p, sums, stride, row, rows, first, columns);
+        if (last) finish<Isa>(p, sums, PANEL, row, rows, first, columns);
       }
     }
   settle(p);
 }
 // A kernel's range is (task, shares) here.
 ROBERTA_FAST_KERNEL(multiply_packed, Linear<float>)
+ROBERTA_FAST_BF16_KERNEL(multiply_packed, Linear<at::BFloat16>)
 
-template <class Isa>
-ALWAYS_INLINE void pack_panel(const Linear<float>& p, int64_t panel, int64_t) {
+template <class Isa, class Element>
+ALWAYS_INLINE void pack_panel(const Linear<Element>& p, int64_t panel, int64_t) {
   const int64_t first = panel * PANEL;
-  take_panel<Isa>(p, first, std::min(PANEL, p.columns - first), 0, p.depth, p.y + first * p.depth);
+  take_panel<Isa>(p, first, std::min(PANEL, p.columns - first), 0, p.depth, p.scratch + first * p.depth);
 }
 ROBERTA_FAST_KERNEL(pack_panel, Linear<float>)
+ROBERTA_FAST_BF16_KERNEL(pack_panel, Linear<at::BFloat16>)
 
 // The weights of params as panels [panels, depth, PANEL], zeros behind the last column.
-at::Tensor packed_panels(Linear<float> params) {
+template <class Element>
+at::Tensor packed_panels(Linear<Element> params) {
   const std::array<int64_t, 3> shape{params.panels, params.depth, PANEL};
   const at::Tensor packed = params.columns % PANEL ? at::zeros(shape, at::kFloat) : at::empty(shape, at::kFloat);
-  params.y = packed.mutable_data_ptr<float>();
+  params.scratch = packed.mutable_data_ptr<float>();
   for_each_task(params.panels, 0, [&](int64_t panel, float*) { pack_panel_for_cpu(params, panel, panel + 1); });
   return packed;
 }
 
 // The product by packed weights [panels, depth, PANEL].
-void multiply_packed_rows(const Linear<float>& params, const at::Tensor& packed) {
-  Linear<float> whole = params;
+template <class Element>
+void multiply_packed_rows(const Linear<Element>& params, const at::Tensor& packed) {
+  Linear<Element> whole = params;
   whole.packed = packed.const_data_ptr<float>();
   const int64_t n = params.rows, about = std::max<int64_t>(1, (n + BLOCK / 2) / BLOCK);
   whole.chunk_rows = ((n + about - 1) / about + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
   const int64_t blocks = (n + whole.chunk_rows - 1) / whole.chunk_rows;
   const int64_t shares = std::min((4 * at::get_num_threads() + blocks - 1) / blocks, params.panels);
-  for_each_task(blocks * shares, std::max(whole.chunk_rows, ROWS) * PANEL, [&](int64_t task, float* scratch) {
-    Linear<float> mine = whole;
+  const int64_t kept = params.depth <= STEP ? ROWS : whole.chunk_rows * ((params.panels + shares - 1) / shares);
+  for_each_task(blocks * shares, kept * PANEL, [&](int64_t task, float* scratch) {
+    Linear<Element> mine = whole;
     mine.scratch = scratch;
     multiply_packed_for_cpu(mine, task, shares);
   });
@@ -338,14 +336,14 @@ void multiply_rows(const at::Tensor& x, const at::Tensor& weight, const std::opt
   const bool few = n <= FEW_ROWS && n * params.depth <= FEW_FLOATS && !params.turned;
   if constexpr (FLOATS) {
     const bool whole_lines = m % 16 == 0 && reinterpret_cast<uintptr_t>(params.y) % 64 == 0;
-    params.far = active_level() == Level::avx512 && y.nbytes() >= FAR && whole_lines && params.depth <= STEP;
+    params.far = active_level() == Level::avx512 && y.nbytes() >= FAR && whole_lines;
     // On a Zen 5 packed weights took 0.85 of the time with 1 row, but 1.05 to 1.25 of it with 8 to 64.
     const bool as_they_lie = few && n >= 8 && outruns_pytorch();
     if (packed.has_value()) check_shape(*packed, "packed", {params.panels, params.depth, PANEL});
     if (packed.has_value() && !as_they_lie) return multiply_packed_rows(params, *packed);
-    if (n >= ROWS_TO_PACK && m % PANEL == 0 && columns.tensor.nbytes() <= PACKED_BYTES)
-      return multiply_packed_rows(params, packed_panels(params));
   }
+  if (n >= ROWS_TO_PACK && m % PANEL == 0 && columns.tensor.nbytes() <= PACKED_BYTES)
+    return multiply_packed_rows(params, packed_panels(params));
   if (few) return multiply_by_transposed_x(params);
   // A panel is transposed by each of its tasks, so there are no more than keep the threads busy. How many changes no result.
   const int64_t for_threads = std::min((4 * at::get_num_threads() + params.panels - 1) / params.panels, (n + ROWS - 1) / ROWS);

@@ -300,17 +300,17 @@ def test_training_takes_the_kernel_where_pytorch_is_slower():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("outer", [1, 67, 200])
-def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(outer, dtype):
-    """On the CPU where deterministic; 900 rows are divided among tasks in other ways than 5."""
+@pytest.mark.parametrize(("outer", "inner"), [(1, 333), (67, 333), (192, 333), (192, 2400)])
+def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(outer, inner, dtype):
+    """On the CPU where deterministic; 1,100 rows are divided among tasks in other ways than 5, by panels packed first if whole."""
     if reason := dispatch.load_cpp() or product_objection(facts_of(torch.empty(0, dtype=dtype))):
         pytest.skip(reason)
-    (x, weight, bias, residual), _ = Case(900, outer, 333, residual=True, dtype=dtype).inputs()
+    (x, weight, bias, residual), _ = Case(1100, outer, inner, residual=True, dtype=dtype).inputs()
     threads, results = torch.get_num_threads(), []
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
-            for size in (1, 5, 47, 500, 900):
+            for size in (1, 5, 47, 500, 1100):
                 parts = zip(x.split(size), residual.split(size), strict=True)
                 results.append(torch.cat([linear(a, weight, bias, residual=b, deterministic=True) for a, b in parts]))
     finally:
