@@ -153,6 +153,25 @@ class _FastTraining:
         self.throughput.add(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Trainer's, as the mean over all items of a step, in however many micro-batches they come.
+
+        Many heads return the mean of their own batch, whatever they are told of the others, where Trainer takes it for their
+        share of the sum: a loss that is too large by ``gradient_accumulation_steps``. So all are asked for their mean.
+        """
+        if num_items_in_batch is None or self.compute_loss_func is not None or self.args.n_gpu > 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.get("shift_labels", inputs["labels"][..., 1:] if self._shifts_labels() else inputs["labels"])
+        items = labels.ne(-100).sum()
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        # Processes' gradients are averaged, and where items are counted in all of them, what is wanted is the sum.
+        world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = torch.where(items > 0, loss * items / num_items_in_batch * world, 0.0)
+        return (loss, outputs) if return_outputs else loss
+
+    def _shifts_labels(self):
+        return getattr(self, "_loss_shifts_labels", False)  # of newer Trainers, for causal language models
+
     def floating_point_ops(self, inputs) -> int:
         """0: operations are counted on the device, for real tokens, and read when something is logged or saved."""
         return 0

@@ -110,15 +110,6 @@ class PretrainingTrainer(FastTrainer):
         )
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's mean over predicted tokens, weighted by how many of the step's are in this micro-batch."""
-        outputs = model(**inputs)
-        loss = outputs["loss"]
-        if num_items_in_batch is not None:
-            # Processes' gradients are averaged, and what is wanted is their sum.
-            loss = loss * (inputs["labels"] != -100).sum() / num_items_in_batch * self.args.world_size
-        return (loss, outputs) if return_outputs else loss
-
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         """``eval_loss``, the mean over all predicted tokens of all processes, and ``eval_perplexity``, its exponential."""
         model = self._wrap_model(self.model, training=False)
