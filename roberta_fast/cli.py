@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "demo": ("roberta_fast.demo", "a real model on real text, stock and accelerated, side by side"),
     "convert": ("roberta_fast.fairseq", "a fairseq RoBERTa checkpoint into a Hugging Face model"),
-    "finetune": ("roberta_fast.training.cli", "a model on a task: classification, ner, qa, translation, generation"),
+    "finetune": ("roberta_fast.training.cli", "a model on a task: classification, ner, qa, translation, generation, multitask"),
     "predict": ("roberta_fast.training.prediction", "what a fine-tuned model says of new data"),
     "pretrain": ("roberta_fast.training.pretraining.command", "RoBERTa from text: `prepare` tokenizes it, without it trains"),
     "serve": ("roberta_fast.serving.server", "a model over HTTP, batched by real tokens"),

@@ -40,14 +40,16 @@ def masked_forward(stock: type[nn.Module]) -> Callable:
         )
         loss = None
         if all(position is not None for position in positions):
-            loss = sum(map(_loss, (start, end), positions)) / 2
+            loss = sum(_loss(logits, position, mask) for logits, position in zip((start, end), positions, strict=True)) / 2
         return dataclasses.replace(output, loss=loss, start_logits=start, end_logits=end)
 
     return forward
 
 
-def _loss(logits, positions):
-    """The mean cross-entropy of logits [B, S]; as in the stock heads, positions [B] or [B, 1] beyond the text do not count."""
+def _loss(logits, positions, mask):
+    """The mean cross-entropy of logits [B, S]; positions [B] or [B, 1] beyond the text do not count, nor those at padding."""
     outside = logits.shape[1]
     positions = (positions.squeeze(-1) if positions.dim() > 1 else positions).clamp(0, outside)
+    inside = nn.functional.pad(mask.bool(), (0, 1)).gather(1, positions[:, None]).squeeze(1)
+    positions = positions.masked_fill(~inside, outside)
     return nn.functional.cross_entropy(logits, positions, ignore_index=outside)

@@ -115,6 +115,7 @@ class ClassificationArguments(DataArguments):
     text_column_names: str | None = flag(
         None, "the column with the text, or two with a comma between them; default: as in GLUE's files"
     )
+    text_columns: int | None = flag(None, "1: texts, 2: pairs of them; default: what the file has", choices=[1, 2])
     label_column_name: str | None = flag(None, "the column with the label (label or labels)")
     problem_type: str | None = flag(
         None,

@@ -73,21 +73,27 @@ class Classification(FineTuning):
     def _is_labelled(self, split, table):
         if split != "test":
             return True
-        return self.score_test and all(value not in (None, "") for value in table.columns.get(self.label_column, [None]))
+        given = [value not in (None, "") for value in table.columns.get(self.label_column, [None])]
+        return self.score_test and (any(given) if self.problem_type == MULTI else all(given))
+
+    def remembered(self) -> dict:
+        return {**super().remembered(), "text_columns": len(self.text_columns)}
 
     def _text_columns(self, table):
+        number = self.data_args.text_columns
         if self.data_args.text_column_names:
             columns = tuple(name.strip() for name in self.data_args.text_column_names.split(","))
-            if len(columns) > 2:
-                raise ValueError(f"text_column_names={self.data_args.text_column_names!r} must name one column or two")
+            if len(columns) not in ((number,) if number else (1, 2)):
+                wanted = {None: "one column or two", 1: "one column", 2: "two columns"}[number]
+                raise ValueError(f"text_column_names={self.data_args.text_column_names!r} must name {wanted}")
             for column in columns:
                 table.column(column)
             return columns
-        found = next((columns for columns in TEXT_COLUMNS if all(c in table.columns for c in columns)), None)
+        known = (columns for columns in TEXT_COLUMNS if number in (None, len(columns)))
+        found = next((columns for columns in known if all(c in table.columns for c in columns)), None)
         if found is None:
-            raise DataError(
-                f"{table.path}: text_column_names must say which of its columns holds the text: {', '.join(table.columns)}"
-            )
+            what = "columns hold the pair of texts that the model reads" if number == 2 else "columns holds the text"
+            raise DataError(f"{table.path}: text_column_names must say which of its {what}: {', '.join(table.columns)}")
         return found
 
     def _decide_labels(self):
@@ -102,8 +108,9 @@ class Classification(FineTuning):
             self.labels = [self.config.id2label[i] for i in range(self.config.num_labels)]
             return
         values = learned.column(self.label_column)
+        may_be_empty = self.data_args.problem_type == MULTI
         for row, value in enumerate(values):
-            if value is None or (isinstance(value, str) and not value.strip()):
+            if value is None or (isinstance(value, str) and not value.strip() and not may_be_empty):
                 raise learned.error(row, f"{self.label_column} is empty")
         self.problem_type = self.data_args.problem_type or _kind(values)
         if self.problem_type == SINGLE and not self.data_args.problem_type:
@@ -114,6 +121,8 @@ class Classification(FineTuning):
             seen = {label for value in values for label in self._names(value)}
             kept = [self.config.id2label[i] for i in range(self.config.num_labels)] if trained else []
             self.labels = kept if seen <= set(kept) else sorted(seen, key=_natural)
+            if kept and self.labels != kept:
+                self.tell_of_new_head(kept, learned)
             if not self.labels:
                 raise DataError(f"{learned.path}: there is no label in {self.label_column}")
             if len(self.labels) < 2 and self.problem_type == SINGLE:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +62,9 @@ class FineTuning:
         if not any(wanted.values()):
             wanted = dict.fromkeys(wanted, True)
         self.tables = {split: table for split in wanted if wanted[split] and (table := self._table(split)) is not None}
+        if data_args.validation_split_percentage and data_args.validation_file:
+            percentage = data_args.validation_split_percentage
+            raise ValueError(f"validation_split_percentage={percentage} beside validation_file: validation data is one of them")
         if data_args.validation_split_percentage and "train" in self.tables and "validation" not in self.tables:
             self.tables["train"], self.tables["validation"] = split_table(
                 self.tables["train"], data_args.validation_split_percentage
@@ -168,6 +173,14 @@ class FineTuning:
         """What the trainer saves beside the model, and takes the special tokens of its config from."""
         return self.tokenizer
 
+    def tell_of_new_head(self, kept: list[str], table: Table) -> None:
+        """Warns that the labels of the training data take the place of the trained head's."""
+        begins = (
+            "the head begins with the weights of as many other labels" if len(kept) == len(self.labels) else "a new head begins"
+        )
+        there = ", ".join(kept[:20]) + (", ..." if len(kept) > 20 else "")
+        warnings.warn(f"{table.path} has labels that the trained head lacks, which has {there}: {begins}", stacklevel=3)
+
     def check_length(self, length: int, argument: str) -> None:
         """Raises ValueError where the model has fewer positions, or special tokens alone would fill so many."""
         least = self.tokenizer.num_special_tokens_to_add() + 1
@@ -204,7 +217,9 @@ class FineTuning:
         for name in [name for name in summary if name.startswith("eval_")]:
             print(f"{name}: {summary[name]['mean']:.4f} ± {summary[name]['std']:.4f} over {len(seeds)} seeds")
         best = max if self.greater_is_better else min
-        return best(results, key=lambda result: result.metrics.get(f"eval_{self.metric}", 0.0))
+        result = best(results, key=lambda result: result.metrics.get(f"eval_{self.metric}", 0.0))
+        print(f"all of them: {self.args.output_dir}; the best one:")
+        return result
 
     def _run(self, args):
         set_seed(args.seed)
@@ -309,6 +324,8 @@ class FineTuning:
             return
         report.write_json(folder / "metrics.json", metrics)
         flags = {**as_flags(self.model_args), **as_flags(self.data_args), **training_flags(trainer.args)}
+        # A card is for others, who do not have these files where they are here.
+        flags = {name: Path(v).name if isinstance(v, str) and os.path.exists(v) else v for name, v in flags.items()}
         report.plot_learning_curves(trainer.state.log_history, folder / "learning_curves.png")
         settings = {"task": self.name, "data": self.remembered()}
         report.write_json(folder / SETTINGS, settings)

@@ -112,6 +112,8 @@ class Ner(FineTuning):
         else:
             wanted = sorted(tags)
         self.labels = kept if set(wanted) <= set(kept) else wanted
+        if kept and self.labels != kept:
+            self.tell_of_new_head(kept, self.tables["train"])
         if len(self.labels) < 2:
             raise DataError(f"{self.tables['train'].path}: {self.tag_column} has one value only: {self.labels[0]!r}")
         self.config.num_labels = len(self.labels)

@@ -110,7 +110,8 @@ class QuestionAnswering(FineTuning):
                 self.tokenizer, table.column("question"), table.column("context"), given.max_seq_length, given.doc_stride
             )
         except ValueError as error:
-            raise DataError(f"{table.path}: {error}") from None
+            of_row = re.fullmatch(r"text (\d+):? (.*)", str(error))
+            raise table.error(int(of_row[1]), of_row[2]) if of_row else DataError(f"{table.path}: {error}") from None
         self.windows[self._split_of(table)] = windows
         columns = {
             "input_ids": [w.input_ids for w in windows],
@@ -145,6 +146,26 @@ class QuestionAnswering(FineTuning):
             return window.cls_index, window.cls_index
         start = answers["answer_start"][0]
         return window.token_span(start, start + len(answers["text"][0]))
+
+    def usage(self) -> str:
+        return """import torch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForQuestionAnswering.from_pretrained(folder)
+question, context = "Who went to Oslo?", "Yesterday Anna Berg went to Oslo by train."
+inputs = tokenizer(question, context, return_tensors="pt")
+with torch.inference_mode():
+    output = model(**inputs)
+scores = (output.start_logits[0][:, None] + output.end_logits[0]).triu()  # of each first and last token
+inside = torch.tensor([part == 1 for part in inputs.sequence_ids(0)])
+start, end = divmod(scores.masked_fill(~(inside[:, None] & inside).triu(), -torch.inf).argmax().item(), len(inside))
+print(context[inputs.token_to_chars(0, start).start : inputs.token_to_chars(0, end).end])
+
+# Of contexts of any length, with other answers, scores and places:
+from roberta_fast.training import predict
+
+predict(folder, "questions.json")"""
 
     def _split_of(self, table):
         return next(name for name, other in self.tables.items() if other is table)

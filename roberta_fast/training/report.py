@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 INK = "#24292f"
-LINES = ("#2f6f9f", "#c2571a", "#3f7d3f", "#8a4f9e")
+LINES = ("#2f6f9f", "#c2571a", "#3f7d3f", "#8a4f9e", "#b8962e", "#4aa3a2", "#c24b6e", "#6b6b6b")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -65,7 +65,7 @@ def plot_learning_curves(log_history: Sequence[Mapping], path: str | Path) -> bo
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
-        for name, color in zip(panel[:8], LINES * 2, strict=False):
+        for name, color in zip(panel, LINES, strict=False):
             steps, values = zip(*series[name], strict=True)
             axis.plot(steps, values, color=color, label=name, marker="o" if len(steps) < 20 else "", markersize=3)
         axis.set_xlabel("step")

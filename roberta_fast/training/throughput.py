@@ -28,7 +28,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Throughput:
-    """Counts the real tokens of training steps and the model's arithmetic on them, without waiting for the device at each step.
+    """Counts the texts and real tokens of training steps, and the model's arithmetic on them, without waiting for the device.
 
     A step on texts of s tokens takes 6·N·s + 12·L·C·s² operations, forward and backward: N parameters outside the embeddings,
     L layers of width C (Chowdhery et al., "PaLM", appendix B). Encoder-decoders are counted half by half. Where an output has the
@@ -38,7 +38,7 @@ class Throughput:
     def __init__(self, model: nn.Module):
         self.parts = list(_parts(model))
         self.tied = _tied_output(model)
-        self.tokens = self.flops = 0
+        self.tokens = self.flops = self.texts = 0
         self.seconds, self._since = 0.0, None
 
     def start(self) -> None:
@@ -60,7 +60,7 @@ class Throughput:
             tokens, squares = lengths.sum(), (lengths * lengths).sum()
             self.flops = self.flops + 6 * parameters * tokens + 12 * width * squares
             if index == 0:
-                self.tokens = self.tokens + tokens
+                self.tokens, self.texts = self.tokens + tokens, self.texts + lengths.numel()
         if self.tied and inputs.get("labels") is not None:
             self.flops = self.flops + 6 * self.tied * (inputs["labels"] != -100).sum()
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -202,6 +203,8 @@ class _FastTraining:
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
             self._stop_unless_finite(tr_loss, grad_norm)
+        if self.state.global_step >= self.state.max_steps and self.args.logging_strategy != "no":
+            self.control.should_log = True  # the last steps too
         if self.throughput is not None:
             self.throughput.stop()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
@@ -234,8 +237,17 @@ class _FastTraining:
         """Trainer's; ``True`` resumes from the last complete checkpoint of the output folder, or begins where there is none."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                warnings.warn(f"there is no checkpoint in {self.args.output_dir}: training begins anew", stacklevel=2)
         self.throughput = None
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        """Trainer's, by the texts that were seen: a batch of tokens holds no fixed number of them."""
+        if self.throughput is not None:
+            seen = torch.tensor(self.throughput.texts, device=self.args.device)
+            num_train_samples = int(self.accelerator.reduce(seen).item())
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)

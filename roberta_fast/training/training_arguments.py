@@ -44,6 +44,15 @@ class FastTrainingArguments(TrainingArguments):
     seeds: str | None = field(default=None, metadata={"help": "Seeds, 1,2,3: one run each, and mean ± std of their metrics."})
 
     def __post_init__(self):
+        if (self.tokens_per_batch or 0) > 0 and self.per_device_train_batch_size > 0:
+            raise ValueError(
+                f"tokens_per_batch={self.tokens_per_batch} and per_device_train_batch_size={self.per_device_train_batch_size}: "
+                "a batch is as many tokens, or as many texts"
+            )
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16=True and fp16=True: mixed precision is in one of them")
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # which Trainer wants to be told
         if self.tokens_per_batch is None:
             self.tokens_per_batch = 0 if self.per_device_train_batch_size else TOKENS_PER_BATCH
         if self.tokens_per_batch < 0:
@@ -65,6 +74,8 @@ class FastTrainingArguments(TrainingArguments):
             raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be 0 or more")
         if self.seeds is not None:
             self.seeds = _distinct_integers("seeds", str(self.seeds))
+            if self.seed != TrainingArguments.seed and str(self.seed) not in self.seeds.split(","):
+                raise ValueError(f"seed={self.seed} is none of seeds={self.seeds!r}, which take its place")
         for name, seeds in (("seed", self.seed), ("data_seed", self.data_seed or 0), ("seeds", self.seeds or 0)):
             if not all(0 <= int(seed) < 2**32 for seed in str(seeds).split(",")):
                 raise ValueError(f"{name}={seeds!r} must lie in [0, 2**32)")
@@ -107,8 +118,10 @@ class FineTuningArguments(FastSeq2SeqTrainingArguments):
             raise ValueError(f"search_trials={self.search_trials} must be 0 or more")
         if self.search_space and not self.search_trials:
             raise ValueError(f"search_space={self.search_space!r} is for a search: search_trials says of how many trials")
-        if self.early_stopping_patience and self.eval_strategy == "no":
-            raise ValueError(f"early_stopping_patience={self.early_stopping_patience} has no effect with eval_strategy='no'")
+        for name in ("eval_strategy", "save_strategy") if self.early_stopping_patience else ():
+            if getattr(self, name) == "no":
+                why = "has no effect" if name == "eval_strategy" else "ends with the last model, not the best,"
+                raise ValueError(f"early_stopping_patience={self.early_stopping_patience} {why} with {name}='no'")
         asked, direction = self.do_eval, self.greater_is_better
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False
@@ -117,7 +130,7 @@ class FineTuningArguments(FastSeq2SeqTrainingArguments):
             if self.eval_strategy == "epoch":
                 self.eval_strategy, self.eval_steps = self.save_strategy, self.eval_steps or self.save_steps
             elif self.save_strategy == "epoch":
-                self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.save_steps
+                self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps or self.logging_steps
         super().__post_init__()
         if direction is None and self.metric_for_best_model.rpartition("_")[2] in ("mse", "mae"):
             self.greater_is_better = False  # Trainer knows of losses alone
@@ -156,7 +169,7 @@ def training_flags(args: FineTuningArguments) -> dict[str, str]:
     )
     values = {name: getattr(args, name) for name in names}
     values["per_device_train_batch_size"] = None if args.tokens_per_batch else args.per_device_train_batch_size
-    values["max_steps"] = None if args.max_steps < 0 else args.max_steps
+    values["max_steps" if args.max_steps < 0 else "num_train_epochs"] = None
     return {
         name: str(getattr(value, "value", value)) for name, value in values.items() if value is not None and value is not False
     }

@@ -46,6 +46,18 @@ def alone(model, inputs):
     return torch.stack(losses).mean(), torch.cat(logits, 1)
 
 
+def test_a_position_at_padding_does_not_count():
+    """As one beyond the text does not: its logit is the least there is."""
+    fast, inputs = accelerate_model(model_of("bert")), asked(tiny_config("bert"))
+    assert not MASK[1].all()
+    rest = {name: value[[i for i in range(len(value)) if i != 1]] for name, value in inputs.items()}
+    expected = fast(**rest).loss
+    for name in ("start_positions", "end_positions"):
+        inputs[name] = inputs[name].clone()
+        inputs[name][1] = MASK.shape[1] - 1
+    torch.testing.assert_close(fast(**inputs).loss, expected)
+
+
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_a_batch_is_its_texts(model_type):
     stock = model_of(model_type)

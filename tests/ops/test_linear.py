@@ -158,7 +158,8 @@ def test_many_rows_on_the_cpu(case):
     inputs, dy = case.inputs()
     check(run(case, inputs, dy, "cpp"), composed(case, inputs, dy), composed(case, in_double(inputs), dy.double()))
     y = linear(*inputs[:3], residual=inputs[3], backend="cpp", deterministic=True)
-    last = linear(inputs[0][-5:], *inputs[1:3], residual=inputs[3] if inputs[3] is None else inputs[3][-5:], deterministic=True)
+    x, weight, bias, residual = inputs
+    last = linear(x[-5:], weight, bias, residual=None if residual is None else residual[-5:], deterministic=True)
     assert torch.equal(y[-5:], last)
 
 
@@ -302,7 +303,7 @@ def test_training_takes_the_kernel_where_pytorch_is_slower():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("outer", "inner"), [(1, 333), (67, 333), (192, 333), (192, 2400)])
 def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(outer, inner, dtype):
-    """On the CPU where deterministic; 1,100 rows are divided among tasks in other ways than 5, by panels packed first if whole."""
+    """On the CPU where deterministic; 1,100 rows are divided among tasks in other ways than 5, packed if in whole panels."""
     if reason := dispatch.load_cpp() or product_objection(facts_of(torch.empty(0, dtype=dtype))):
         pytest.skip(reason)
     (x, weight, bias, residual), _ = Case(1100, outer, inner, residual=True, dtype=dtype).inputs()

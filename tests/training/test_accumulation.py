@@ -42,7 +42,11 @@ def choices(batch):
     inputs = collate(batch)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     others = torch.where(mask.bool(), 65 - ids, ids)
-    return {"input_ids": torch.stack([ids, others], 1), "attention_mask": torch.stack([mask, mask], 1), "labels": inputs["labels"]}
+    return {
+        "input_ids": torch.stack([ids, others], 1),
+        "attention_mask": torch.stack([mask, mask], 1),
+        "labels": inputs["labels"],
+    }
 
 
 def encoder_decoder():
@@ -75,8 +79,21 @@ def step(case, folder, size, fast, **settings):
     build, label, collator = CASES[case]
     model = randomize(build(), std=0.1)
     model.config.use_cache = False
-    quick = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "optim": "sgd", "logging_steps": 1}
-    quick |= {"learning_rate": 0.1, "warmup_steps": 0, "max_grad_norm": 0.0, "num_train_epochs": 1, "lr_scheduler_type": "constant"}
+    quick = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "optim": "sgd",
+        "logging_steps": 1,
+    }
+    quick |= {
+        "learning_rate": 0.1,
+        "warmup_steps": 0,
+        "max_grad_norm": 0.0,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "constant",
+    }
     arguments = FastTrainingArguments(
         str(folder),
         per_device_train_batch_size=size,

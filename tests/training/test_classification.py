@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics as oracle
-from tiny_tasks import BAD, GOOD, QUICK, csv_file, jsonl_file, reviews
+from tiny_tasks import BAD, GOOD, QUICK, csv_file, jsonl_file, reviews, run_card
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from roberta_fast import explain
@@ -60,6 +60,8 @@ def test_what_a_run_leaves(trained):
     assert (
         "pipeline_tag: text-classification" in card and "| eval_accuracy | 1.0000 |" in card and "`learning_rate`: 0.005" in card
     )
+    assert "- `train_file`: train.tsv" in card and str(folder.parent) not in card, "paths of this machine say nothing to others"
+    assert run_card(folder)["predict"](GOOD[0])[0]["label"] == "1"
 
 
 def test_predicts_new_texts(trained, tmp_path):
@@ -132,6 +134,37 @@ def test_a_number(tmp_path, tiny_checkpoint):
     assert model.config.problem_type == REGRESSION
 
 
+def test_a_text_may_have_no_label_of_several(tmp_path, tiny_checkpoint):
+    """In a csv file as in json; where the kind is not said, an empty label is a missing one."""
+    rows = [("warm", "good,long"), ("dull", "bad"), ("so so", ""), ("splendid", "good")] * 3
+    train = csv_file(tmp_path / "train.csv", ("text", "label"), rows)
+    result = run(tmp_path, tiny_checkpoint, train, train, num_train_epochs=1, problem_type=MULTI)
+    assert list(result.model.config.id2label.values()) == ["bad", "good", "long"]
+    with pytest.raises(DataError, match=r"train.csv, line 4: label is empty"):
+        run(tmp_path / "again", tiny_checkpoint, train, train)
+
+
+def test_pairs_are_what_a_model_of_pairs_reads(tmp_path, tiny_checkpoint):
+    rows = [("warm", "so warm", "1"), ("dull", "bright", "0")] * 4
+    train = csv_file(tmp_path / "train.csv", ("sentence1", "sentence2", "label"), rows)
+    folder = run(tmp_path, tiny_checkpoint, train, None, num_train_epochs=1).output_dir
+    (tmp_path / "new.txt").write_text("one text alone\n", encoding="utf-8")
+    quiet = {"use_cpu": True, "disable_tqdm": True}
+    with pytest.raises(DataError, match=r"new.txt: .* columns hold the pair of texts that the model reads: text$"):
+        predict(folder, tmp_path / "new.txt", **quiet)
+    named = csv_file(tmp_path / "new.csv", ("question1", "question2"), [("warm", "cold")])
+    assert predict(folder, named, **quiet)[0].keys() == {"question1", "question2", "label", "score"}
+
+
+def test_other_labels_than_the_heads_are_told(trained, tmp_path):
+    folder = trained[0].output_dir
+    three = csv_file(tmp_path / "three.csv", ("text", "label"), [("a", "x"), ("b", "y"), ("c", "z")] * 3)
+    two = csv_file(tmp_path / "two.csv", ("text", "label"), [("a", "x"), ("b", "y")] * 3)
+    for file, begins in ((three, "a new head begins"), (two, "the head begins with the weights of as many other labels")):
+        with pytest.warns(UserWarning, match=f"has labels that the trained head lacks, which has 0, 1: {begins}"):
+            run(tmp_path / Path(file).stem, folder, file, None, num_train_epochs=1)
+
+
 def test_seeds_have_a_mean_and_a_spread(tmp_path, tiny_checkpoint, capsys):
     train = reviews(tmp_path / "train.tsv", 12)
     run(tmp_path, tiny_checkpoint, train, train, seeds="1,2,3", num_train_epochs=1)
@@ -139,7 +172,8 @@ def test_seeds_have_a_mean_and_a_spread(tmp_path, tiny_checkpoint, capsys):
     values = [saved[f"seed-{seed}"]["eval_loss"] for seed in (1, 2, 3)]
     assert len(set(values)) == 3
     assert saved["summary"]["eval_loss"] == {"mean": pytest.approx(np.mean(values)), "std": pytest.approx(np.std(values, ddof=1))}
-    assert "over 3 seeds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "over 3 seeds" in said and f"all of them: {tmp_path / 'out'}; the best one:" in said
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,20 @@ BAD_INPUT = [
         "resume_from_checkpoint='nowhere': there is no such folder",
     ),
     (
+        "validation data twice",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"validation_split_percentage": 10},
+        "validation_split_percentage=10 beside validation_file",
+    ),
+    (
+        "stopping early without checkpoints",
+        "text,label\nx,1\ny,0\n",
+        "text,label\nx,1\n",
+        {"early_stopping_patience": 1, "save_strategy": "no"},
+        "early_stopping_patience=1 ends with the last model, not the best, with save_strategy='no'",
+    ),
+    (
         "a checkpoint for two seeds",
         "text,label\nx,1\ny,0\n",
         "text,label\nx,1\n",

@@ -16,6 +16,7 @@ from roberta_fast.training import FastTrainer, FastTrainingArguments, NotFiniteE
 from roberta_fast.training.checkpoints import last_complete_checkpoint
 from roberta_fast.training.throughput import Throughput, peak_flops
 from roberta_fast.training.trainer import layer_depths
+from roberta_fast.training.training_arguments import FineTuningArguments
 
 
 def model_of(**overrides):
@@ -204,11 +205,44 @@ def test_class_weights_weigh_the_loss(tmp_path):
         ({"seed": -1}, r"seed=-1 must lie in \[0, 2\*\*32\)"),
         ({"data_seed": 2**32}, r"data_seed=4294967296 must lie in"),
         ({"seeds": "1,4294967296"}, "seeds='1,4294967296' must lie in"),
+        ({"seed": 3, "seeds": "1,2"}, "seed=3 is none of seeds='1,2'"),
+        (
+            {"tokens_per_batch": 80, "per_device_train_batch_size": 4},
+            "tokens_per_batch=80 and per_device_train_batch_size=4: a batch",
+        ),
+        ({"bf16": True, "fp16": True}, "bf16=True and fp16=True"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         FastTrainingArguments(str(tmp_path), **settings)
+
+
+def test_the_best_of_evaluations_by_steps_is_saved_at_each(tmp_path):
+    given = FineTuningArguments(str(tmp_path), eval_strategy="steps", use_cpu=True)
+    assert given.save_strategy == "steps" and given.save_steps == given.eval_steps == given.logging_steps == 50
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="it is for machines without an accelerator")
+def test_bfloat16_without_an_accelerator(tmp_path):
+    trainer = trainer_of(model_of(), tmp_path, use_cpu=False, bf16=True, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.args.device.type == "cpu"
+
+
+def test_a_run_says_how_many_texts_it_saw_and_how_its_last_steps_went(tmp_path):
+    trainer = trainer_of(model_of(), tmp_path, max_steps=5, logging_steps=3)
+    metrics = trainer.train().metrics
+    sampler = trainer.batch_sampler()
+    seen = sum(len(batch) for batch, _ in zip(sampler, range(5), strict=False))
+    assert len(list(sampler)) > 5 and seen != 5 * trainer.args.per_device_train_batch_size
+    assert metrics["train_samples_per_second"] == pytest.approx(seen / metrics["train_runtime"], rel=0.01)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 5]
+
+
+def test_resuming_without_a_checkpoint_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="there is no checkpoint in .*: training begins anew"):
+        trainer_of(model_of(), tmp_path, max_steps=1).train(resume_from_checkpoint=True)
 
 
 def test_a_batch_of_texts_where_one_asks_for_it(tmp_path):

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_tasks import ENGLISH, GOOD, QUICK, jsonl_file, translations
+from tiny_tasks import ENGLISH, GOOD, QUICK, jsonl_file, run_card, translations
 from transformers import AutoModelForCausalLM, AutoTokenizer, EncoderDecoderModel
 
 from roberta_fast.training import DataError, finetune, predict
@@ -47,6 +47,7 @@ def test_translation_learns_and_loads_in_stock_hugging_face(translator):
     source, target = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder / "decoder_tokenizer")
     assert model.config.pad_token_id == target.pad_token_id and model.config.decoder.vocab_size == len(target) != len(source)
     made = model.generate(**source("red", return_tensors="pt"))
+    assert run_card(folder)["made"].shape[0] == 1
     assert set(target.decode(made[0], skip_special_tokens=True).split()) <= set(ENGLISH.values())
 
 
@@ -106,6 +107,7 @@ def test_generation_learns_continues_and_loads_in_stock_hugging_face(tmp_path, t
     assert result.predictions == [{"prompt": "a warm", "continuation": GOOD[0].removeprefix("a warm")}]
     model = AutoModelForCausalLM.from_pretrained(result.output_dir)
     assert model.config.is_decoder
+    assert run_card(result.output_dir)["predict"]("a warm", max_new_tokens=3)[0]["generated_text"].startswith("a warm")
     (tmp_path / "prompts.txt").write_text("a\na warm and\n")
     assert len(predict(result.output_dir, tmp_path / "prompts.txt", use_cpu=True, disable_tqdm=True, max_new_tokens=5)) == 2
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from seqeval import metrics as seqeval
-from tiny_tasks import QUICK, jsonl_file, named_entities
+from tiny_tasks import QUICK, jsonl_file, named_entities, run_card
 from transformers import AutoModelForTokenClassification
 
 from roberta_fast.training import DataError, Ner, finetune, predict
@@ -69,6 +69,7 @@ def test_learns_from_iob1_and_is_measured_on_bio(trained):
     assert trained.metrics["eval_f1"] > 0.9
     lines = (Path(trained.output_dir) / "report.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["type", "LOC", "PER", "overall"]
+    assert run_card(trained.output_dir)["predict"]("in Oslo it rains")[0]["entity"].endswith("LOC")
     model = AutoModelForTokenClassification.from_pretrained(trained.output_dir)
     assert list(model.config.id2label.values()) == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 

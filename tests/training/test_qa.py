@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tasks import QUICK, jsonl_file, questions
+from tiny_tasks import QUICK, jsonl_file, questions, run_card
 from transformers import AutoModelForQuestionAnswering
 
 from roberta_fast.training import DataError, QuestionAnswering, finetune, predict
@@ -75,6 +75,16 @@ def test_learns(trained):
     assert set(json.loads((folder / "eval_predictions.json").read_text())) == {f"q{i}" for i in range(12)}
     assert (folder / "report.txt").read_text().startswith("question")
     AutoModelForQuestionAnswering.from_pretrained(folder)
+
+
+def test_the_card_runs(trained, tmp_path, monkeypatch, capsys):
+    """And finds what prediction does."""
+    monkeypatch.chdir(tmp_path)
+    questions(tmp_path / "questions.json", 3)
+    names = run_card(trained.output_dir)
+    file = jsonl_file(tmp_path / "one.jsonl", [{"context": names["context"], "question": names["question"]}])
+    quiet = {"use_cpu": True, "disable_tqdm": True, "max_answer_length": 100}
+    assert capsys.readouterr().out.splitlines()[0] == predict(trained.output_dir, file, **quiet)[0]["answer"]
 
 
 def test_predicts_without_answers(trained, tmp_path):
@@ -197,5 +207,5 @@ def test_answers_longer_than_a_window_are_told_of(tmp_path, tiny_checkpoint):
 
 def test_a_question_that_leaves_no_room(tmp_path, tiny_checkpoint):
     row = {"question": "who " * 60, "context": "in Oslo", "answers": {"text": ["Oslo"], "answer_start": [3]}}
-    with pytest.raises(DataError, match="text 0: a first text of"):
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: a first text of"):
         run(tmp_path, tiny_checkpoint, jsonl_file(tmp_path / "a.jsonl", [row]), None)

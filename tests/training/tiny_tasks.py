@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+import re
+from pathlib import Path
 
 GOOD, BAD = ("a warm and funny film", "splendid acting", "I loved it"), ("a dull and empty film", "wooden acting", "I left early")
 NAMES = {"PER": ("Anna Berg", "Tom Lind", "Eva Holm"), "LOC": ("Oslo", "New Town", "Paris")}
@@ -23,6 +25,14 @@ QUICK = {
     "tokens_per_batch": 80,
     "max_seq_length": 32,
 }
+
+
+def run_card(folder):
+    """Runs the Python of a model card as it stands there, with its folder's path; returns what it defined."""
+    code = re.search(r"```python\n(.*?)```", (Path(folder) / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    names = {}
+    exec(code.replace("path/to/this/folder", str(folder)), names)
+    return names
 
 
 def reviews(path, count=48, seed=0):
