@@ -150,8 +150,8 @@ def test_kernels_match_the_reference(name, backend):
 
 @pytest.mark.skipif(dispatch.load_cpp() is not None, reason=str(dispatch.load_cpp()))
 @pytest.mark.parametrize("case", [
-    Case(1100, 128, 40, residual=True), Case(1100, 128, 1200, residual=True), Case(1100, 70, 40), Case(2200, 960, 8, residual=True),
-    Case(2200, 960, 1200, bias=False), Case(1100, 128, 40, strided=True),
+    Case(1100, 128, 40, residual=True), Case(1100, 128, 1200, residual=True), Case(1100, 70, 40),
+    Case(2200, 960, 8, residual=True), Case(2200, 960, 1200, bias=False), Case(1100, 128, 40, strided=True),
 ], ids=["whole panels", "several steps", "a part of a panel", "past the caches", "too deep for that", "strided"])  # fmt: skip
 def test_many_rows_on_the_cpu(case):
     """Weights are packed on the way where they make whole panels, and large results are written past the caches."""
